@@ -1,0 +1,149 @@
+"""What flows through the program: prompts, rollouts, scores and credit, as frozen groups of tensors.
+
+Axes: B rows, P prompt tokens, T response tokens. Prompts are padded on the left, responses on the right; an end-of-text
+token is a response token even where the padding token is the same one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """A batch of prompts, as token ids and as text.
+
+    Attributes:
+        prompt_ids: (B, P) int64. Left-padded.
+        prompt_mask: (B, P) bool. False on padding.
+        texts: B prompts as the data set holds them, for rewards that read text.
+        columns: The other columns of the data set, B values each, for rewards that ask for them.
+    """
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    texts: list
+    columns: dict[str, list]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Sampled responses with all that was known when they were sampled.
+
+    Attributes:
+        prompt_ids: (B, P) int64. Left-padded prompt.
+        prompt_mask: (B, P) bool. False on padding.
+        response_ids: (B, T) int64. Right-padded response, its end-of-text token included.
+        response_mask: (B, T) bool. False on padding and on tokens that the policy did not choose (tool output).
+        old_logprobs: (B, T) float. Log-probability under the distribution that was sampled, in nats.
+        ref_logprobs: (B, T) float. The same under the reference model.
+        values: (B, T) float. Critic before each token.
+
+    Raises:
+        ValueError: If a mask is not bool or a shape does not fit the others.
+    """
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    response_ids: Int[Tensor, "B T"]
+    response_mask: Bool[Tensor, "B T"]
+    old_logprobs: Float[Tensor, "B T"]
+    ref_logprobs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not fit together."""
+        for name in ("prompt_mask", "response_mask"):
+            if (dtype := getattr(self, name).dtype) != torch.bool:
+                raise ValueError(f"{name} has dtype {dtype}; convert it with .bool()")
+        if self.prompt_ids.shape != self.prompt_mask.shape or len(self.prompt_ids) != len(self.response_ids):
+            shapes = f"{tuple(self.prompt_ids.shape)} and {tuple(self.prompt_mask.shape)}"
+            raise ValueError(
+                f"prompt_ids and prompt_mask have shapes {shapes}; give both ({len(self.response_ids)}, P)"
+            )
+        for name in ("response_mask", "old_logprobs", "ref_logprobs", "values"):
+            if (shape := getattr(self, name).shape) != self.response_ids.shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}; response_ids has {tuple(self.response_ids.shape)}")
+
+    @property
+    def kl(self) -> Float[Tensor, "B T"]:
+        """(B, T) float32. The k1 estimate `old_logprobs - ref_logprobs` on valid tokens, 0 elsewhere, in nats."""
+        difference = self.old_logprobs.float() - self.ref_logprobs.float()
+        return torch.where(self.response_mask, difference, 0)
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """(B) int64. Valid response tokens of each row, the end-of-text token included."""
+        return self.response_mask.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the reward said of each response, and what a redistribution asked it for besides.
+
+    Attributes:
+        scores: (B) float. One number a response.
+        attention: (B, T) float or None. Attention that the reward model pays to each response token when it reads
+            its score; not negative, of any sum.
+        prefix_scores: (B, T + 1) float or None. The reward head read after the prompt (entry 0) and after each
+            response token (entry t + 1 for token t).
+
+    Raises:
+        ValueError: If the row counts differ.
+    """
+
+    scores: Float[Tensor, " B"]
+    attention: Float[Tensor, "B T"] | None = None
+    prefix_scores: Float[Tensor, "B T1"] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not fit together."""
+        for name in ("attention", "prefix_scores"):
+            tensor = getattr(self, name)
+            if tensor is not None and len(tensor) != len(self.scores):
+                raise ValueError(f"{name} has {len(tensor)} rows; scores has {len(self.scores)}")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply an elementwise function to everything that is measured in units of the score."""
+        prefix = None if self.prefix_scores is None else function(self.prefix_scores)
+        return replace(self, scores=function(self.scores), prefix_scores=prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """Who earned the score: what the update needs, a number for each token.
+
+    Attributes:
+        token_level_scores: (B, T) float32. The scores after redistribution.
+        token_level_rewards: (B, T) float32. The same less the KL penalty.
+        macro_ids: (B, T) int64. Macro action of each token, from 0; -1 outside the response.
+        advantages: (B, T) float32. Constant inside a macro action; 0 outside the response.
+        returns: (B, T) float32. Targets of the critic; 0 outside the response.
+    """
+
+    token_level_scores: Float[Tensor, "B T"]
+    token_level_rewards: Float[Tensor, "B T"]
+    macro_ids: Int[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+
+
+Batch = TypeVar("Batch", Rollout, Scores, Credit)
+
+
+def rows(batch: Batch, index: Int[Tensor, " N"] | slice) -> Batch:
+    """Take some rows of every tensor of a batch.
+
+    Args:
+        batch: A rollout, scores or credit of B rows.
+        index: (N) int64 row numbers, or a slice.
+
+    Returns:
+        The same kind, with the rows asked for.
+    """
+    taken = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{name: None if x is None else x[index] for name, x in taken.items()})

@@ -1,0 +1,168 @@
+"""The method in a dozen lines: from one score a response to advantages and returns for each token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.batch import Credit, Rollout, Scores
+from apportion.credit.advantages import GAE
+from apportion.credit.macro_actions import (
+    Pooling,
+    macro_ids,
+    macro_lengths,
+    offsets,
+    pooling_weights,
+    sum_over_actions,
+    to_tokens,
+)
+from apportion.credit.redistribution import Redistribution, Terminal
+from apportion.credit.rewards import token_level_rewards
+from apportion.credit.termination import FixedNgram, TerminationCondition
+from apportion.masked import Reduce, alone, is_last, masked_whiten, ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditConfig:
+    """How credit is assigned: one choice on each axis. The defaults are MA-PPO with actions of five tokens.
+
+    Attributes:
+        termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool.
+        redistribution: Where the score lands.
+        advantage: From rewards and values to advantages.
+        macro_value: How the values inside a macro action are pooled (`pooling_weights`).
+        macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value` as
+            the official code does, which divides the KL penalty by about n.
+        kl_coef: Price of a nat of divergence from the reference, at least 0.
+        score_clamp: Scores are clamped to [-score_clamp, score_clamp] before they are redistributed; None for not at all.
+        last_token_apart: Whether the last valid token is a macro action of its own, as in the official code.
+        whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens.
+
+    Raises:
+        ValueError: If a number is out of range or a name is unknown.
+    """
+
+    termination: TerminationCondition | Callable[[Rollout], Tensor] = field(default_factory=FixedNgram)
+    redistribution: Redistribution = field(default_factory=Terminal)
+    advantage: GAE = field(default_factory=GAE)
+    macro_value: Pooling = "equal"
+    macro_reward: Literal["sum", "mean"] = "sum"
+    kl_coef: float = 0.05
+    score_clamp: float | None = None
+    last_token_apart: bool = False
+    whiten_advantages: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings without a meaning."""
+        poolings = ("equal", "unit", "position", "position_falling")
+        for name, choices in (("macro_value", poolings), ("macro_reward", ("sum", "mean"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+        if not self.kl_coef >= 0:
+            raise ValueError(f"kl_coef is {self.kl_coef}; choose a number of at least 0 (0 switches the penalty off)")
+        if self.score_clamp is not None and not self.score_clamp > 0:
+            raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """MA-PPO as the paper describes it (ma-rlhf.md section 2, column `paper`), with changes by keyword."""
+        return replace(cls(), **changes)
+
+    @classmethod
+    def official(cls, **changes: Any) -> Self:
+        """MA-PPO as its official code computes it, less what can only crash; `position` pools as that code does.
+
+        Its other differences lie in the conditions: `RandomizedNgram(lengths=(1, 2, 3, 5, 10))`, `Perplexity(early=True)`.
+        """
+        if changes.get("macro_value") == "position":
+            changes["macro_value"] = "position_falling"
+        preset = cls(macro_reward="mean", score_clamp=2.5, last_token_apart=True)
+        return replace(preset, **changes)
+
+
+@torch.no_grad()
+def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, reduce: Reduce = alone) -> Credit:
+    r"""Decide which tokens and which macro actions earned the scores.
+
+        token_level_rewards = redistribute(scores) - kl_coef * (old_logprobs - ref_logprobs)
+        macro_rewards_k     = sum of token_level_rewards in action k
+        macro_values_k      = weighted mean of values in action k
+        delta_k             = macro_rewards_k + gamma * macro_values_{k+1} - macro_values_k
+        A_k                 = delta_k + gamma * lambda * A_{k+1}
+        advantages_t, returns_t = A_k, A_k + macro_values_k        for every token t of action k
+
+    Args:
+        rollout: B responses of up to T tokens, in any floating dtype; computed in float32.
+        scores: Their scores, with what the redistribution needs.
+        config: The choice on each axis.
+        reduce: Sums a tensor over the processes that share the batch; only whitening asks for it.
+
+    Returns:
+        Credit of shape (B, T), zero outside the responses, without gradient. A row depends on that row alone, unless
+        advantages are whitened.
+
+    Raises:
+        ValueError: If `scores` lacks what the redistribution needs.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3; ABC (https://arxiv.org/abs/2402.00782), section 3.
+    """
+    mask = rollout.response_mask
+    ids = segment(rollout, config)
+    lengths = macro_lengths(ids)
+    steps = ids if config.advantage.per == "action" else ranks(mask)
+    scores = scores if config.score_clamp is None else scores.map(_clamp(config.score_clamp))
+    token_scores = config.redistribution(rollout, scores, gamma=config.advantage.gamma, steps=steps)
+    rewards = token_level_rewards(
+        token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=config.kl_coef
+    )
+    weights = pooling_weights(ids, config.macro_value)
+    macro_values = sum_over_actions(weights * torch.where(mask, rollout.values.float(), 0), ids)
+    macro_rewards = sum_over_actions(rewards * _reward_weights(ids, weights, config), ids)
+    macro_advantages, macro_returns = config.advantage(macro_rewards, macro_values, lengths)
+    advantages = to_tokens(macro_advantages, ids)
+    return Credit(
+        token_level_scores=token_scores,
+        token_level_rewards=rewards,
+        macro_ids=ids,
+        advantages=masked_whiten(advantages, mask, reduce=reduce) if config.whiten_advantages else advantages,
+        returns=to_tokens(macro_returns, ids),
+    )
+
+
+def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
+    """Number the macro actions of each response.
+
+    Args:
+        rollout: The responses.
+        config: Its termination condition and `last_token_apart` are read.
+
+    Returns:
+        (B, T) int64. -1 outside the response.
+    """
+    mask = rollout.response_mask
+    closes = config.termination(rollout) & mask
+    return macro_ids(closes | _second_to_last(mask) if config.last_token_apart else closes, mask)
+
+
+def _second_to_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Mark the valid token before the last one: where it closes, the last is an action of its own."""
+    return is_last(mask & ~is_last(mask))
+
+
+def _clamp(bound: float) -> Callable[[Tensor], Tensor]:
+    """Cut what lies outside [-bound, bound]."""
+    return lambda x: x.clamp(-bound, bound)
+
+
+def _reward_weights(
+    ids: Int[Tensor, "B T"], weights: Float[Tensor, "B T"], config: CreditConfig
+) -> Float[Tensor, "B T"] | float:
+    """Weigh the rewards inside a macro action: 1, or the pooling's weights, discounted where tokens are steps."""
+    pooled = weights if config.macro_reward == "mean" else 1.0
+    if config.advantage.per == "action" or config.advantage.gamma == 1.0:
+        return pooled
+    return pooled * torch.pow(config.advantage.gamma, torch.where(ids >= 0, offsets(ids), 0).float())

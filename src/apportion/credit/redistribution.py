@@ -1,0 +1,324 @@
+r"""Redistributions: where the score of a response lands.
+
+A redistribution spreads `scores[b]` over the tokens of row b. All but `PrefixDifference` are mixtures
+
+    token_level_scores_t = beta * gamma^(n - t) * share_t + (1 - beta) * R * [t = n],      sum_t share_t = R
+
+with n the last valid token, and `n - t` counted in steps of discounting. So with gamma = 1 each row sums to its score, and
+with gamma < 1 its discounted sum is the one that the score at the end would give (abc.md C1 in the design notes: without
+the factor, early tokens would be paid more than the score is worth).
+
+Is it fair to the policy? A redistribution is *causal* when the sum paid so far is a function of the prefix: it is then
+potential-based shaping, and leaves the order of actions in every state as it was. It is *retrospective* when what a token
+is paid depends on what came later: the return of a whole response is kept, but reward-to-go is not (docs/method.md).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.batch import Rollout, Scores
+from apportion.credit.row_keys import row_keys
+from apportion.masked import is_last, ranks
+
+
+@dataclass(frozen=True)
+class Redistribution(ABC):
+    """Spread the score of each response over its tokens; derive from it to choose one by name on the command line."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the reward has to supply besides the scores: any of "attention" and "prefix_scores"."""
+        return frozenset()
+
+    @property
+    def weight(self) -> float:
+        """The part of the score that is spread; the rest stays on the last token."""
+        return 1.0
+
+    @abstractmethod
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Say how much of the score each token earned, before mixing and discounting.
+
+        Args:
+            rollout: The responses.
+            scores: Their scores, with what `needs` names.
+
+        Returns:
+            (B, T) float32. 0 outside the response.
+        """
+
+    def __call__(
+        self, rollout: Rollout, scores: Scores, *, gamma: float = 1.0, steps: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Spread the scores over the tokens.
+
+        Args:
+            rollout: The responses.
+            scores: Their scores, with what `needs` names.
+            gamma: Discount of a step.
+            steps: (B, T) int64. The step in which each token is paid; by default every token is a step.
+
+        Returns:
+            (B, T) float32. 0 outside the response.
+
+        Raises:
+            ValueError: If `scores` lacks what `needs` names, or its shape does not fit the responses.
+        """
+        self._check(rollout, scores)
+        mask = rollout.response_mask
+        spread = self.shares(rollout, scores) * _discount_to_end(mask, gamma, steps)
+        return self.weight * spread + (1 - self.weight) * at_end(scores.scores, mask)
+
+    def _check(self, rollout: Rollout, scores: Scores) -> None:
+        """Refuse scores without what this redistribution reads."""
+        rows, tokens = rollout.response_mask.shape
+        wanted = {"attention": (rows, tokens), "prefix_scores": (rows, tokens + 1)}
+        for name in sorted(self.needs):
+            tensor = getattr(scores, name)
+            if tensor is None:
+                raise ValueError(f"{type(self).__name__} needs Scores.{name}, which is None; ask the reward for it")
+            if tensor.shape != wanted[name]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the responses need {wanted[name]}")
+
+
+def at_end(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Put each score on the last valid token of its row.
+
+    Args:
+        scores: (B) float.
+        mask: (B, T) bool. True on valid tokens; a row without any gets nothing.
+
+    Returns:
+        (B, T) float32.
+    """
+    return torch.where(is_last(mask), scores.float()[:, None], 0)
+
+
+def _discount_to_end(mask: Bool[Tensor, "B T"], gamma: float, steps: Int[Tensor, "B T"] | None) -> Tensor | float:
+    """Compute gamma^(n - t), the worth at token t of what would be paid at the end; 1 outside the response."""
+    if gamma == 1.0:
+        return 1.0
+    steps = torch.where(mask, ranks(mask) if steps is None else steps, 0)
+    ahead = torch.where(mask, torch.where(is_last(mask), steps, 0).sum(1, keepdim=True) - steps, 0)
+    return torch.pow(gamma, ahead.float())
+
+
+def _check_beta(beta: float) -> None:
+    """Refuse a number that is not a weight."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; choose a number in [0, 1], the part of the score that is spread")
+
+
+@dataclass(frozen=True)
+class Terminal(Redistribution):
+    """Leave the whole score on the last token, as RLHF does. Causal."""
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Give everything to the last valid token."""
+        return at_end(scores.scores, rollout.response_mask)
+
+
+@dataclass(frozen=True)
+class Uniform(Redistribution):
+    """Spread beta of the score evenly, `share_t = R / n`. Retrospective, for n and R are known only at the end.
+
+    Attributes:
+        beta: The part of the score that is spread, in [0, 1].
+
+    Raises:
+        ValueError: If beta lies outside [0, 1].
+
+    Source:
+        The baseline of ABC (https://arxiv.org/abs/2402.00782); its official code ignores beta.
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a beta that is not a weight."""
+        _check_beta(self.beta)
+
+    @property
+    def weight(self) -> float:
+        """Beta."""
+        return self.beta
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Give every valid token the same."""
+        mask = rollout.response_mask
+        return torch.where(mask, scores.scores.float()[:, None] / mask.sum(1, keepdim=True).clamp(min=1), 0)
+
+
+@dataclass(frozen=True)
+class Attention(Redistribution):
+    """Spread beta of the score by the attention that the reward model pays when it reads its score: ABC. Retrospective.
+
+    With a_t the attention of the reward model's last full-attention layer at the position of its read-out, averaged over
+    heads, and cut to the response:
+
+        share_t = R * a_t / sum_i a_i
+
+    A row without attention on its response keeps its score on the last token; `attention_fallbacks` counts such rows.
+
+    Attributes:
+        beta: The part of the score that is spread, in [0, 1].
+
+    Raises:
+        ValueError: If beta lies outside [0, 1].
+
+    Source:
+        ABC (https://arxiv.org/abs/2402.00782), section 3; beta = 0.8 in its published runs.
+    """
+
+    beta: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Refuse a beta that is not a weight."""
+        _check_beta(self.beta)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The reward model's attention."""
+        return frozenset({"attention"})
+
+    @property
+    def weight(self) -> float:
+        """Beta."""
+        return self.beta
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Give each token its part of the attention."""
+        assert scores.attention is not None  # __call__ has checked; for the type checker
+        mask = rollout.response_mask
+        attention = torch.where(mask, scores.attention.float(), 0)
+        mass = attention.sum(1, keepdim=True)
+        alpha = torch.where(mass > 0, attention / torch.where(mass > 0, mass, 1), is_last(mask).float())
+        return scores.scores.float()[:, None] * alpha
+
+
+def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
+    """Count the responses on which the reward model's attention is zero, so that `Attention` falls back to `Terminal`.
+
+    Args:
+        rollout: The responses.
+        scores: Their scores; without attention there is nothing to fall back from.
+
+    Returns:
+        () int64. Empty responses are not counted.
+    """
+    mask = rollout.response_mask
+    if scores.attention is None:
+        return mask.new_zeros((), dtype=torch.long)
+    return (mask.any(1) & (torch.where(mask, scores.attention.float(), 0).sum(1) <= 0)).sum()
+
+
+@dataclass(frozen=True)
+class PrefixDifference(Redistribution):
+    r"""Pay each token what it added to the reward model's opinion of the prefix: RED. Causal.
+
+    With p_t the reward head read after token t, p_0 after the bare prompt, and p_n the score itself:
+
+        token_level_scores_t = beta * (gamma * p_t - p_{t-1}) + (1 - beta) * R * [t = n],        with p_n = R not discounted
+
+    so a row sums to R - beta * p_0 (with gamma < 1: its discounted sum is gamma^(n-1) * R - beta * p_0), and p_0 is a
+    constant of the prompt. The factor gamma stands only where t and t + 1 are different steps of discounting.
+
+    Attributes:
+        beta: The part of the score that is spread, in [0, 1].
+        from_prompt: Whether p_0 is the score of the bare prompt, or 0, so that the row sums to R.
+
+    Raises:
+        ValueError: If beta lies outside [0, 1].
+
+    Source:
+        RED (https://arxiv.org/abs/2411.08302); Ng, Harada and Russell, 1999, for the shaping.
+    """
+
+    beta: float = 1.0
+    from_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a beta that is not a weight."""
+        _check_beta(self.beta)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The reward head at every prefix."""
+        return frozenset({"prefix_scores"})
+
+    @property
+    def weight(self) -> float:
+        """Beta."""
+        return self.beta
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Give each token the difference that it made, without discount."""
+        before, after = self._around(rollout, scores)
+        return torch.where(rollout.response_mask, after - before, 0)
+
+    def __call__(
+        self, rollout: Rollout, scores: Scores, *, gamma: float = 1.0, steps: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Spread the scores over the tokens as potential-based shaping; see `Redistribution.__call__`."""
+        self._check(rollout, scores)
+        mask = rollout.response_mask
+        before, after = self._around(rollout, scores)
+        if gamma != 1.0:
+            steps = ranks(mask) if steps is None else steps
+            following = torch.cat([steps[:, 1:], steps[:, -1:]], 1)
+            after = after * torch.pow(gamma, torch.where(is_last(mask), 0, (following - steps).clamp(min=0)).float())
+        spread = torch.where(mask, after - before, 0)
+        return self.beta * spread + (1 - self.beta) * at_end(scores.scores, mask)
+
+    def _around(self, rollout: Rollout, scores: Scores) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Read the opinion before and after each token; tokens that the policy did not choose are passed over."""
+        assert scores.prefix_scores is not None  # __call__ has checked; for the type checker
+        mask = rollout.response_mask
+        after = torch.where(is_last(mask), scores.scores.float()[:, None], scores.prefix_scores[:, 1:].float())
+        prompt = scores.prefix_scores[:, :1].float() if self.from_prompt else torch.zeros_like(after[:, :1])
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        latest = torch.where(mask, columns, 0).cummax(1).values
+        previous = torch.nn.functional.pad(latest, (1, 0))[:, :-1]
+        return torch.cat([prompt, after], 1).gather(1, previous), after
+
+
+@dataclass(frozen=True)
+class Shuffled(Redistribution):
+    """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
+
+    The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
+    (`row_keys`). Retrospective.
+
+    Attributes:
+        inner: The redistribution whose shares are permuted.
+        seed: Another seed gives other permutations.
+
+    Source:
+        Control 3 for ABC (https://arxiv.org/abs/2402.00782): is it the attention, or merely dense reward?
+    """
+
+    inner: Redistribution
+    seed: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the inner redistribution needs."""
+        return self.inner.needs
+
+    @property
+    def weight(self) -> float:
+        """The weight of the inner redistribution."""
+        return self.inner.weight
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Permute the inner shares over the valid tokens."""
+        mask = rollout.response_mask
+        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, ranks(mask).clamp(min=0))
+        shuffled = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1)
+        in_order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        inner = self.inner.shares(rollout, scores)
+        return torch.zeros_like(inner).scatter(1, in_order, inner.gather(1, shuffled))

@@ -1,0 +1,52 @@
+"""Random numbers that belong to a row: a function of the seed and of what the row says, and of nothing else.
+
+A row draws the same numbers alone or in a batch, in any order, under any padding, on any device. So a random
+segmentation never changes between the epochs of an update, between processes, or after a resume, and no generator has
+to be carried along. Two rows with the same prompt and response draw the same numbers.
+
+Source:
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in 64-bit integers that wrap.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apportion.batch import Rollout
+from apportion.masked import ranks
+
+
+def _signed(x: int) -> int:
+    """Reduce an integer to the 64-bit signed range."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Scramble 64-bit integers; a shift to the right has to drop the sign that torch would copy."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _FIRST
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _SECOND
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def row_keys(rollout: Rollout, count: int, seed: int) -> Int[Tensor, "B count"]:
+    """Draw `count` random 64-bit integers for each row.
+
+    Args:
+        rollout: The rows; their valid prompt and response tokens are read.
+        count: Numbers a row.
+        seed: Any integer; another seed gives other numbers.
+
+    Returns:
+        (B, count) int64. Sorting random keys gives a random permutation.
+    """
+    state = rollout.response_ids.new_full((len(rollout.response_ids),), _signed(seed * _GOLDEN + _FIRST))
+    for ids, mask in (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask):
+        tokens = _mix(_mix(ids + _GOLDEN) + ranks(mask))
+        state = _mix(state + torch.where(mask, tokens, 0).sum(1))
+    steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN
+    return _mix(state[:, None] + steps)

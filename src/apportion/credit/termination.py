@@ -1,0 +1,207 @@
+"""Termination conditions: which tokens close a macro action.
+
+A condition is called with a rollout and answers for the whole batch at once: (B, T) bool, True on closing tokens. The
+last valid token of a row always closes. Any callable of that form will do; those below are also their own settings.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.batch import Rollout
+from apportion.credit.row_keys import row_keys
+from apportion.masked import compact, is_last, ranks
+
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class TerminationCondition(ABC):
+    """Decide which tokens close a macro action; derive from it to choose a condition by name on the command line."""
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the tokens that close a macro action.
+
+        Args:
+            rollout: Sampled responses; the answer for a row depends on that row alone.
+
+        Returns:
+            (B, T) bool. False outside the response, True on the last valid token of each row.
+        """
+
+
+@dataclass(frozen=True)
+class EveryToken(TerminationCondition):
+    """Close after every token: token-level PPO."""
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark every valid token."""
+        return rollout.response_mask.clone()
+
+
+@dataclass(frozen=True)
+class WholeResponse(TerminationCondition):
+    """Close only at the end: the response is one action, as in a contextual bandit.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, n = infinity.
+    """
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the last valid token."""
+        return is_last(rollout.response_mask)
+
+
+@dataclass(frozen=True)
+class FixedNgram(TerminationCondition):
+    """Close after every n tokens; what is left at the end is a shorter last action.
+
+    Attributes:
+        n: Tokens of an action, at least 1.
+
+    Raises:
+        ValueError: If n is less than 1.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2: n = 5, and n = 10 for programs.
+    """
+
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse actions without tokens."""
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; an n-gram has at least 1 token")
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark every n-th valid token, and the last."""
+        mask = rollout.response_mask
+        return mask & (ranks(mask) % self.n == self.n - 1) | is_last(mask)
+
+
+@dataclass(frozen=True)
+class RandomizedNgram(TerminationCondition):
+    """Close after random numbers of tokens: the given lengths, each some times, shuffled for each row.
+
+    After the lengths are used up the rest of the response is one action. The shuffle is a function of the seed and of
+    the row's tokens (`row_keys`), so the same rollout always gives the same boundaries.
+
+    Attributes:
+        lengths: Tokens of an action, each at least 1.
+        repeats: How often each length occurs, at least 1.
+        seed: Another seed gives other shuffles.
+
+    Raises:
+        ValueError: If there is no length, or a length or `repeats` is less than 1.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2. Its official code has lengths (1, 2, 3, 5, 10).
+    """
+
+    lengths: tuple[int, ...] = (2, 3, 5, 10)
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse actions without tokens."""
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths is {self.lengths}; give at least one length, each at least 1")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; each length occurs at least once")
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the ends of the shuffled lengths, and the last valid token."""
+        mask = rollout.response_mask
+        deck = list(chain.from_iterable(repeat(self.lengths, self.repeats)))
+        order = row_keys(rollout, len(deck), self.seed).argsort(1)
+        ends = torch.tensor(deck, device=mask.device)[order].cumsum(1)
+        is_end = torch.zeros(len(mask), sum(deck) + 2, dtype=torch.bool, device=mask.device).scatter(1, ends, True)
+        return mask & is_end.gather(1, (ranks(mask) + 1).clamp(0, sum(deck) + 1)) | is_last(mask)
+
+
+@dataclass(frozen=True)
+class Perplexity(TerminationCondition):
+    """Close before a token that is harder to foresee, by the reference model's log-probabilities.
+
+    With s_t = -ref_logprobs[t], a new action begins at t when
+
+        token     s_t > s_{t-1}
+        segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
+
+    Attributes:
+        variant: Which of the two.
+        early: Close one token before that, as the official code does when it is fed what it expects (for parity only;
+            variant `token`).
+
+    Raises:
+        ValueError: If the variant is neither of the two, or `early` is asked of `segment`.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2: its listing is `token`, its wording `segment`.
+    """
+
+    variant: Literal["token", "segment"] = "token"
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.variant not in ("token", "segment"):
+            raise ValueError(f"variant is {self.variant!r}; choose 'token' or 'segment'")
+        if self.early and self.variant == "segment":
+            raise ValueError("early is True with variant 'segment'; the official code has only variant 'token'")
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the tokens before which surprise is about to rise, and the last valid token."""
+        mask = rollout.response_mask
+        surprise = compact(-rollout.ref_logprobs.float(), mask)
+        count = mask.sum(1, keepdim=True)
+        opens = _rises(surprise, count) if self.variant == "token" else _mean_rises(surprise, count)
+        closes = torch.nn.functional.pad(opens, (0, 2))[:, 2 if self.early else 1 :][:, : mask.shape[1]]
+        return mask & closes.gather(1, ranks(mask).clamp(min=0)) | is_last(mask)
+
+
+def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
+    """Mark the tokens that are harder to foresee than the one before."""
+    columns = torch.arange(surprise.shape[1], device=surprise.device)
+    previous = torch.nn.functional.pad(surprise, (1, 0))[:, : surprise.shape[1]]
+    return (surprise > previous) & (columns > 0) & (columns < count)
+
+
+def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
+    """Mark where actions begin when each ends before the token that exceeds its mean.
+
+    Where an action ends depends only on where it begins, so the end is found for every possible beginning, and those
+    that are reached from token 0 are marked by doubling jumps.
+    """
+    jump = torch.nn.functional.pad(_first_above_mean(surprise, count), (0, 1), value=surprise.shape[1])
+    reached = torch.zeros_like(jump)
+    reached[:, :1] = 1
+    for _ in range(max(surprise.shape[1], 1).bit_length()):
+        reached = reached.scatter_reduce(1, jump, reached, "amax")
+        jump = jump.gather(1, jump)
+    return reached[:, :-1].bool()
+
+
+def _first_above_mean(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "B T"]:
+    """For an action that begins at i, find the first later token above the action's mean so far; T where none is.
+
+    Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. The pairs (i, t) are
+    formed for a block of beginnings at a time.
+    """
+    width = surprise.shape[1]
+    exact = surprise.double()
+    before = exact.cumsum(1) - exact
+    columns = torch.arange(width, device=surprise.device)
+    found = []
+    for first in range(0, width, _BLOCK):
+        begin = columns[first : first + _BLOCK, None]
+        total = before[:, None, :] - before[:, first : first + _BLOCK, None]
+        above = (exact[:, None, :] * (columns - begin) > total) & (columns > begin) & (columns < count[:, :, None])
+        found.append(torch.where(above.any(2), above.int().argmax(2), width))
+    return torch.cat(found, 1) if found else torch.zeros_like(surprise, dtype=torch.long)

@@ -1,0 +1,120 @@
+"""Arithmetic that ignores padding: every reduction takes a mask, and padding never speaks."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum a tensor over the processes that share a batch; the identity on one process."""
+
+
+def alone(total: Tensor) -> Tensor:
+    """Return the total of the only process there is."""
+    return total
+
+
+def masked_mean(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, reduce: Reduce = alone
+) -> Float[Tensor, ""]:
+    """Average `x` where `mask` is True; 0 where nothing is.
+
+    Args:
+        x: (...) float. Any values; what lies outside the mask, NaN included, has no effect.
+        mask: (...) bool. True on what counts.
+        reduce: Sums a tensor over processes, so that the mean is that of the whole batch.
+
+    Returns:
+        () float32.
+    """
+    totals = reduce(torch.stack([torch.where(mask, x, 0).float().sum(), mask.sum().float()]))
+    return totals[0] / totals[1].clamp(min=1)
+
+
+def masked_var(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, reduce: Reduce = alone
+) -> Float[Tensor, ""]:
+    """Variance of `x` where `mask` is True, with Bessel's correction; 0 for fewer than two values.
+
+    Args:
+        x: (...) float. Any values; what lies outside the mask has no effect.
+        mask: (...) bool. True on what counts.
+        reduce: Sums a tensor over processes, so that the variance is that of the whole batch.
+
+    Returns:
+        () float32.
+    """
+    centred = torch.where(mask, x, 0).float() - masked_mean(x, mask, reduce=reduce)
+    totals = reduce(torch.stack([torch.where(mask, centred, 0).square().sum(), mask.sum().float()]))
+    return totals[0] / (totals[1] - 1).clamp(min=1)
+
+
+def masked_whiten(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, reduce: Reduce = alone, eps: float = 1e-8
+) -> Float[Tensor, "*shape"]:
+    """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
+
+    Args:
+        x: (...) float. Any values; what lies outside the mask has no effect.
+        mask: (...) bool. True on what counts.
+        reduce: Sums a tensor over processes, so that the whole batch is whitened as one.
+        eps: Added to the variance, so that constant values give 0.
+
+    Returns:
+        (...) float32.
+    """
+    scale = torch.rsqrt(masked_var(x, mask, reduce=reduce) + eps)
+    return torch.where(mask, (x.float() - masked_mean(x, mask, reduce=reduce)) * scale, 0)
+
+
+def ranks(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Count the valid tokens of a row before each token: the position that is left when padding and holes are cut out.
+
+    Args:
+        mask: (B, T) bool. True on valid tokens, in any pattern.
+
+    Returns:
+        (B, T) int64. Meaningful on the mask; -1 before the first valid token.
+    """
+    return mask.cumsum(1) - 1
+
+
+def last_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Find the column of the last True of each row; -1 in a row without one.
+
+    Args:
+        mask: (B, T) bool. Any pattern.
+
+    Returns:
+        (B) int64.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    padded = torch.nn.functional.pad(torch.where(mask, columns, -1), (1, 0), value=-1)
+    return padded.amax(1)
+
+
+def is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Mark the last True of each row.
+
+    Args:
+        mask: (B, T) bool. Any pattern.
+
+    Returns:
+        (B, T) bool. At most one True a row.
+    """
+    return mask & (ranks(mask) == mask.sum(1, keepdim=True) - 1)
+
+
+def compact(x: Shaped[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
+    """Move the valid entries of each row to its front, in order, and fill the rest with zero.
+
+    Args:
+        x: (B, T) any dtype.
+        mask: (B, T) bool. True on valid entries, in any pattern.
+
+    Returns:
+        (B, T) same dtype. Entry j is the valid entry of rank j; `compact(x, mask).gather(1, ranks(mask))` undoes it.
+    """
+    target = torch.where(mask, ranks(mask), mask.shape[1])
+    return torch.zeros_like(torch.nn.functional.pad(x, (0, 1))).scatter(1, target, x)[:, :-1]

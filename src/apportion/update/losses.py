@@ -1,0 +1,146 @@
+"""The losses of PPO: pure functions of tensors, with gradient."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.credit.macro_actions import macro_lengths, sum_over_actions
+
+Granularity = Literal["token", "macro", "macro_mean"]
+
+_LARGEST_LOG_RATIO = 20.0
+
+
+def importance_ratio(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    granularity: Granularity = "token",
+    macro_ids: Int[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
+    r"""Compute how much likelier the current policy makes each step than the sampling policy did.
+
+        token        r_t = exp(logprobs_t - old_logprobs_t)
+        macro        r_k = exp(sum over t in action k of (logprobs_t - old_logprobs_t))
+        macro_mean   r_k = exp(mean over t in action k of (logprobs_t - old_logprobs_t))
+
+    Log ratios are held within +-20, beyond which exp would overflow and its gradient become NaN.
+
+    Args:
+        logprobs: (B, T) float. Current policy, in nats; the gradient flows through it.
+        old_logprobs: (B, T) float. Sampling policy.
+        mask: (B, T) bool. True on valid response tokens.
+        granularity: Which of the three. `macro_mean` with one action a response is GSPO's ratio.
+        macro_ids: (B, T) int64. Macro action of each token, -1 outside the response; not needed for `token`.
+
+    Returns:
+        ratio: (B, N) float32, N = T steps. 1 outside the mask.
+        mask: (B, N) bool. True on steps that exist.
+
+    Raises:
+        ValueError: If the granularity is unknown, or needs macro_ids and has none.
+
+    Source:
+        MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, for `macro`; GSPO (https://arxiv.org/abs/2507.18071).
+    """
+    log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)
+    if granularity == "token":
+        return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp(), mask
+    if granularity not in ("macro", "macro_mean"):
+        raise ValueError(f"ratio is {granularity!r}; choose 'token', 'macro' or 'macro_mean'")
+    if macro_ids is None:
+        raise ValueError(f"ratio {granularity!r} needs macro_ids, which is None; pass Credit.macro_ids")
+    lengths = macro_lengths(macro_ids)
+    pooled = sum_over_actions(log_ratio, macro_ids)
+    if granularity == "macro_mean":
+        pooled = pooled / lengths.clamp(min=1)
+    return pooled.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp(), lengths > 0
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cliprange: float,
+    ratio: Granularity = "token",
+    macro_ids: Int[Tensor, "B T"] | None = None,
+    denominator: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    r"""Compute PPO's clipped policy loss over tokens or macro actions.
+
+        loss = sum_n max(-A_n * r_n, -A_n * clip(r_n, 1 - cliprange, 1 + cliprange)) / number of steps
+
+    Args:
+        logprobs: (B, T) float. Current policy, in nats; the gradient flows through it.
+        old_logprobs: (B, T) float. Sampling policy.
+        advantages: (B, T) float. Constant inside a macro action when the ratio is pooled.
+        mask: (B, T) bool. True on valid response tokens.
+        cliprange: Largest step of the ratio from 1, positive.
+        ratio: What is clipped: see `importance_ratio`.
+        macro_ids: (B, T) int64. Needed for a pooled ratio.
+        denominator: () float. Steps to divide by, when these rows are part of a larger batch; those of these rows by
+            default.
+
+    Returns:
+        () float32.
+
+    Source:
+        Schulman et al., 2017 (https://arxiv.org/abs/1707.06347), equation 7; MA-RLHF, section 3.2.
+    """
+    ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
+    weights = advantages.float() if ratio == "token" or macro_ids is None else _of_actions(advantages, macro_ids)
+    losses = torch.maximum(-weights * ratios, -weights * ratios.clamp(1 - cliprange, 1 + cliprange))
+    return _mean_over(losses, steps, denominator)
+
+
+def value_loss(
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cliprange_value: float | None,
+    denominator: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    r"""Compute PPO's clipped value loss; every token's value regresses to the return of its macro action.
+
+        loss = 0.5 * mean_t max((V_t - R_t)^2, (clip(V_t, V_old - cliprange_value, V_old + cliprange_value) - R_t)^2)
+
+    Args:
+        values: (B, T) float. Current critic; the gradient flows through it.
+        old_values: (B, T) float. Critic at the time of the rollout.
+        returns: (B, T) float. Targets.
+        mask: (B, T) bool. True on valid response tokens.
+        cliprange_value: Largest step of a value from its old one; None for no clipping.
+        denominator: () float. Tokens to divide by, when these rows are part of a larger batch.
+
+    Returns:
+        () float32.
+
+    Source:
+        Schulman et al., 2017; MA-RLHF's official code, `ppo_trainer.py`, critic loss.
+    """
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    losses = (values - returns).square()
+    if cliprange_value is not None:
+        clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+        losses = torch.maximum(losses, (clipped - returns).square())
+    return 0.5 * _mean_over(losses, mask, denominator)
+
+
+def _of_actions(x: Float[Tensor, "B T"], macro_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B M"]:
+    """Average a token quantity over each macro action."""
+    return sum_over_actions(x.float(), macro_ids) / macro_lengths(macro_ids).clamp(min=1)
+
+
+def _mean_over(
+    x: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"], denominator: Float[Tensor, ""] | None
+) -> Float[Tensor, ""]:
+    """Sum over the mask and divide by its size, or by the size of the larger batch; padding gets no gradient."""
+    count = mask.sum() if denominator is None else denominator
+    return torch.where(mask, x, 0).sum() / count.clamp(min=1)
