@@ -11,8 +11,8 @@ from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-# Every annotation of apportion is checked while tests run, and only then. An int is a float here, as for pyright.
-install_import_hook("apportion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Every annotation of apportion is checked while tests run, and only then. Comes before its first import.
+install_import_hook("apportion", "shape_checks.check")
 
 torch.set_num_threads(1)
 
