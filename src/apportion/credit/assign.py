@@ -37,7 +37,8 @@ class CreditConfig:
         macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value` as
             the official code does, which divides the KL penalty by about n.
         kl_coef: Price of a nat of divergence from the reference, at least 0.
-        score_clamp: Scores are clamped to [-score_clamp, score_clamp] before they are redistributed; None for not at all.
+        score_clamp: Scores are clamped to [-score_clamp, score_clamp] before they are redistributed; None for not at
+            all.
         last_token_apart: Whether the last valid token is a macro action of its own, as in the official code.
         whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens.
 
@@ -75,7 +76,8 @@ class CreditConfig:
     def official(cls, **changes: Any) -> Self:
         """MA-PPO as its official code computes it, less what can only crash; `position` pools as that code does.
 
-        Its other differences lie in the conditions: `RandomizedNgram(lengths=(1, 2, 3, 5, 10))`, `Perplexity(early=True)`.
+        Its other differences lie in the conditions: `RandomizedNgram(lengths=(1, 2, 3, 5, 10))` and
+        `Perplexity(early=True)`.
         """
         if changes.get("macro_value") == "position":
             changes["macro_value"] = "position_falling"

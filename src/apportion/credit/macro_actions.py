@@ -1,8 +1,8 @@
 """Macro actions: runs of response tokens, numbered; from tokens to macro actions and back.
 
 A macro action has no object of its own. `macro_ids` (B, T) holds the number of each token's action, and everything else
-is scatter and gather along the token axis. The axis M of macro actions is as long as T, its upper bound, so that nothing
-has to be counted on the host; actions that do not exist are zero and outside `macro_mask`.
+is scatter and gather along the token axis. The axis M of macro actions is as long as T, its upper bound, so that
+nothing has to be counted on the host; actions that do not exist are zero, and their length is 0.
 """
 
 from typing import Literal

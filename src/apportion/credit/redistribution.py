@@ -4,13 +4,14 @@ A redistribution spreads `scores[b]` over the tokens of row b. All but `PrefixDi
 
     token_level_scores_t = beta * gamma^(n - t) * share_t + (1 - beta) * R * [t = n],      sum_t share_t = R
 
-with n the last valid token, and `n - t` counted in steps of discounting. So with gamma = 1 each row sums to its score, and
-with gamma < 1 its discounted sum is the one that the score at the end would give (abc.md C1 in the design notes: without
-the factor, early tokens would be paid more than the score is worth).
+with n the last valid token, and `n - t` counted in steps of discounting. So with gamma = 1 each row sums to its score,
+and with gamma < 1 its discounted sum is the one that the score at the end would give (abc.md C1 in the design notes:
+without the factor, early tokens would be paid more than the score is worth).
 
 Is it fair to the policy? A redistribution is *causal* when the sum paid so far is a function of the prefix: it is then
-potential-based shaping, and leaves the order of actions in every state as it was. It is *retrospective* when what a token
-is paid depends on what came later: the return of a whole response is kept, but reward-to-go is not (docs/method.md).
+potential-based shaping, and leaves the order of actions in every state as it was. It is *retrospective* when what a
+token is paid depends on what came later: the return of a whole response is kept, but reward-to-go is not
+(docs/method.md).
 """
 
 from abc import ABC, abstractmethod
@@ -155,10 +156,10 @@ class Uniform(Redistribution):
 
 @dataclass(frozen=True)
 class Attention(Redistribution):
-    """Spread beta of the score by the attention that the reward model pays when it reads its score: ABC. Retrospective.
+    """Spread beta of the score by the attention that the reward model pays when it reads its score: ABC.
 
-    With a_t the attention of the reward model's last full-attention layer at the position of its read-out, averaged over
-    heads, and cut to the response:
+    Retrospective. With a_t the attention of the reward model's last full-attention layer at the position of its
+    read-out, averaged over heads, and cut to the response:
 
         share_t = R * a_t / sum_i a_i
 
@@ -222,7 +223,7 @@ class PrefixDifference(Redistribution):
 
     With p_t the reward head read after token t, p_0 after the bare prompt, and p_n the score itself:
 
-        token_level_scores_t = beta * (gamma * p_t - p_{t-1}) + (1 - beta) * R * [t = n],        with p_n = R not discounted
+        token_level_scores_t = beta * (gamma * p_t - p_{t-1}) + (1 - beta) * R * [t = n],   with p_n = R not discounted
 
     so a row sums to R - beta * p_0 (with gamma < 1: its discounted sum is gamma^(n-1) * R - beta * p_0), and p_0 is a
     constant of the prompt. The factor gamma stands only where t and t + 1 are different steps of discounting.
