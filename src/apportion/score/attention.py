@@ -1,0 +1,292 @@
+"""The attention row of the token that the reward head reads, computed beside any attention kernel.
+
+Fast kernels (sdpa, flash, flex) never form the (T, T) map, and `output_attentions=True` gives an empty tuple under
+them. Attention-based credit needs one row of one layer only. `capture_row` therefore puts a tap around the attention
+function that the model looks up, in place and under its own name: masks are built per name, so a name of our own would
+lose them. The tap hands the queries, keys and mask of one module to `attention_row`, O(T d), and calls the original
+function with unchanged arguments.
+
+Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which reads the row from full eager maps.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+
+from apportion.score.attention_row import attention_row, mask_row, take_query
+
+_CAPTURE = "_apportion_captured_row"
+_FULL_ATTENTION = ("full_attention", "global")
+_lock = threading.Lock()
+
+
+class CapturedRow:
+    """Hold what `capture_row` captured; empty until the model has run.
+
+    Attributes:
+        read_index: (B,) int64. Column of the model's input whose attention is captured.
+    """
+
+    def __init__(self, read_index: Int[Tensor, "B"]) -> None:
+        self.read_index = read_index
+        self._row: Tensor | None = None
+
+    @property
+    def row(self) -> Float[Tensor, "B K"]:
+        """Return the attention of the query at `read_index`, mean over heads.
+
+        Returns:
+            (B, K) float32. Over the K keys of the last forward pass (with a cache: its length plus the input's). Zero
+            on keys that the query cannot see; sums to 1, to less where the layer has attention sinks, to 0 where the
+            query sees nothing (a padding query). No gradient.
+
+        Raises:
+            RuntimeError: If the chosen attention layer has not run under the capture.
+        """
+        if self._row is None:
+            raise RuntimeError(
+                "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
+                "run, its attention layer bypasses the registered function: load it with attn_implementation='eager'"
+            )
+        return self._row
+
+    @torch.compiler.disable  # a compiled model breaks its graph here, and only while it is captured
+    @torch.no_grad()
+    def observe(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B G K D"],
+        mask: Tensor | BlockMask | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Compute the row from the arguments of an attention function; a later call replaces an earlier one."""
+        index = self._columns(query.shape[0], query.shape[2], query.device)
+        bias = mask_row(mask, module, index, query.shape[2], key.shape[2], options)
+        position_bias = options.get("position_bias")
+        if position_bias is not None:
+            bias = bias + take_query(position_bias, index, query.shape[2], key.shape[2]).float()
+        self._row = attention_row(
+            query,
+            key,
+            index,
+            bias,
+            scaling=options.get("scaling"),
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
+        )
+
+    def keep_row_of(self, maps: Float[Tensor, "B H Q K"]) -> None:
+        """Keep one row of full maps that an eager layer has formed anyway."""
+        index = self._columns(maps.shape[0], maps.shape[2], maps.device)
+        self._row = take_query(maps.detach(), index, maps.shape[2], maps.shape[3]).float().mean(dim=1)
+
+    def _columns(self, rows: int, columns: int, device: torch.device) -> Int[Tensor, "B"]:
+        """Return read_index on the device of the layer, after checking it against the input's shape."""
+        if self.read_index.shape[0] != rows:
+            raise ValueError(
+                f"read_index has {self.read_index.shape[0]} entries, the model's input has {rows} rows: pass one "
+                "column for each row"
+            )
+        if bool(((self.read_index < 0) | (self.read_index >= columns)).any()):
+            raise ValueError(
+                f"read_index holds {self.read_index.tolist()}, the model's input has columns 0 to {columns - 1}: pass "
+                "the column where the head reads"
+            )
+        return self.read_index.to(device)
+
+
+@contextmanager
+def capture_row(model: nn.Module, read_index: Int[Tensor, "B"], layer: int | None = None) -> Iterator[CapturedRow]:
+    """Capture one attention row of one layer while the model runs under its own kernel.
+
+        with torch.no_grad(), capture_row(model, read_index) as captured:
+            output = model(input_ids=input_ids, attention_mask=attention_mask)
+        captured.row  # (B, K)
+
+    The model's output is the same to the bit as without the capture. Layers whose family takes no function from
+    transformers' AttentionInterface (GPT-J, Bloom) are read by a hook from the maps that they form themselves: float32
+    sums of weights in the model's dtype, and None in place of the map in what the layer returns.
+
+    Args:
+        model: Any transformers model, also inside PEFT or another module. In eval mode.
+        read_index: (B,) int64. Column of `input_ids` at which the head reads.
+        layer: Layer number, negative from the end. The default is the last full-attention layer: a sliding layer gives
+            exactly zero to what lies outside of its window (Gemma 3 ends in one).
+
+    Yields:
+        An empty CapturedRow, which the model's forward pass fills.
+
+    Raises:
+        ValueError: If the model has no attention layer of that number, or read_index does not fit the input.
+        RuntimeError: If gradients are enabled, the model trains (dropout), or this layer is being captured already.
+    """
+    _refuse_training(model)
+    attention = find_attention(model, layer)
+    if getattr(attention, _CAPTURE, None) is not None:
+        raise RuntimeError(f"this {type(attention).__name__} is being captured already: leave the outer capture first")
+    captured = CapturedRow(read_index)
+    # An attribute of the module, not a context variable: torch.compile guards on the one and cannot trace the other.
+    setattr(attention, _CAPTURE, captured)
+    try:
+        with _listening(attention, captured):
+            yield captured
+    finally:
+        delattr(attention, _CAPTURE)
+
+
+def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
+    """Find the self-attention module of a layer.
+
+    Args:
+        model: Any module that holds a transformers model.
+        layer: Layer number, negative from the end; None for the last full-attention layer, or where no layer is
+            labelled so, the last attention layer.
+
+    Raises:
+        ValueError: If there is no attention module, none of that number, or several.
+    """
+    layers = _attention_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention layer with a layer_idx: use another reward model")
+    number = _default_layer(layers) if layer is None else layer
+    number = number + max(layers) + 1 if number < 0 else number
+    if number not in layers:
+        raise ValueError(
+            f"layer {layer} is not an attention layer of {type(model).__name__}: choose one of {[*layers]}"
+        )
+    if len(layers[number]) > 1:
+        names = ", ".join(type(module).__name__ for module in layers[number])
+        raise ValueError(f"several modules are layer {number} ({names}): pass the text model alone")
+    return layers[number][0]
+
+
+def _refuse_training(model: nn.Module) -> None:
+    """Raise unless the model runs in eval mode without gradients."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("capture_row needs gradients off: wrap it in torch.no_grad()")
+    if model.training:
+        raise RuntimeError("capture_row needs the model in eval mode (dropout would thin the row): call model.eval()")
+
+
+def _attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the innermost self-attention modules by layer number, in ascending order."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        number = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+        named = "attention" in type(module).__name__.lower()
+        if not (named and isinstance(number, int)) or getattr(module, "is_cross_attention", False):
+            continue
+        inside = set(module.modules())
+        outer = [other for other in found.get(number, []) if module not in set(other.modules())]
+        found[number] = [other for other in outer if other not in inside] + [module]
+    return dict(sorted(found.items()))
+
+
+def _default_layer(layers: dict[int, list[nn.Module]]) -> int:
+    """Return the last layer that its configuration labels full attention; the last of all where none is."""
+    config = getattr(layers[max(layers)][0], "config", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+    full = [number for number in layers if number < len(kinds) and kinds[number] in _FULL_ATTENTION]
+    return max(full or layers)
+
+
+@contextmanager
+def _listening(attention: nn.Module, captured: CapturedRow) -> Iterator[None]:
+    """Let the capture see the layer's attention: by a tap on its function, else by a hook on its maps."""
+    slot = _function_slot(attention)
+    if slot is not None:
+        with _tapped(*slot):
+            yield
+        return
+    handle = attention.register_forward_hook(functools.partial(_keep_row, captured))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _function_slot(attention: nn.Module) -> tuple[MutableMapping[str, Any], str] | None:
+    """Return the mapping and key where the layer's forward looks its attention function up, if it does.
+
+    Fast kernels are looked up by name in the AttentionInterface of the modeling file. "eager" is not registered there
+    but is the default that the file passes along: its own function `eager_attention_forward`.
+    """
+    forward: Callable[..., Any] = inspect.unwrap(type(attention).forward)
+    names = forward.__globals__
+    interface = names.get("ALL_ATTENTION_FUNCTIONS")
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if not isinstance(interface, AttentionInterface) or implementation is None:
+        return None
+    if implementation in interface:
+        return interface, implementation
+    return (names, "eager_attention_forward") if "eager_attention_forward" in names else None
+
+
+class _Tap:
+    """An attention function that shows its arguments to a capture of the calling module, and is inert without one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.users = 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        captured = getattr(module, _CAPTURE, None)
+        if captured is not None:
+            captured.observe(module, query, key, attention_mask, kwargs)
+        return self.function(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+@contextmanager
+def _tapped(functions: MutableMapping[str, Any], name: str) -> Iterator[None]:
+    """Put a tap in the place of a function; captures of several models share one, and the last takes it away."""
+    with _lock:
+        current = functions[name]
+        tap = current if isinstance(current, _Tap) else _Tap(current)
+        tap.users += 1
+        functions[name] = tap
+    try:
+        yield
+    finally:
+        with _lock:
+            tap.users -= 1
+            if tap.users == 0 and functions[name] is tap:
+                _restore(functions, name, tap.function)
+
+
+def _restore(functions: MutableMapping[str, Any], name: str, function: Callable[..., Any]) -> None:
+    """Undo an assignment: an AttentionInterface holds it as a local override of what is registered for all."""
+    if isinstance(functions, AttentionInterface):
+        del functions[name]
+    if functions.get(name) is not function:
+        functions[name] = function
+
+
+def _keep_row(captured: CapturedRow, module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Keep one row of the maps that an attention layer returns, and drop the maps."""
+    result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
+    if not isinstance(maps, Tensor) or maps.dim() != 4:
+        raise RuntimeError(
+            f"{type(module).__name__} returned no attention map: load the reward model with attn_implementation='eager'"
+        )
+    captured.keep_row_of(maps)
+    return (result, None, *rest)

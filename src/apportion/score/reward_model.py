@@ -1,0 +1,203 @@
+"""The score of each response, and what a redistribution asks the reward model for besides."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from apportion.batch import Prompts, Scores
+from apportion.microbatches import in_groups
+from apportion.models import hidden_states, score_head, unwrapped
+from apportion.rollout import Responses, trim
+from apportion.score.alignment import Template, align, concatenation
+from apportion.score.attention import capture_row
+
+RewardFunction = Callable[..., Sequence[float]]
+"""`(prompts, completions, **columns) -> list[float]`, TRL's convention; columns are those of the data set."""
+
+
+class Reward(Protocol):
+    """Anything that scores responses."""
+
+    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+        """Score B responses; `needs` names what is wanted besides ("attention", "prefix_scores")."""
+        ...
+
+
+class FunctionReward:
+    """A reward function over texts.
+
+    Attributes:
+        function: Called as `function(prompts, completions, **columns)`; one number a response.
+        tokenizer: The policy's; it decodes the completions, without special tokens.
+    """
+
+    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.function = function
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+        """Score B responses.
+
+        Raises:
+            ValueError: If more than scores is wanted, or the function returns another count or a number that is not
+                finite.
+        """
+        if needs:
+            wanted = " and ".join(sorted(needs))
+            raise ValueError(
+                f"the redistribution needs {wanted} of a reward model; {_name(self.function)} is a function"
+            )
+        texts = decode(self.tokenizer, responses)
+        scores = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
+        if len(scores) != len(texts):
+            raise ValueError(f"{_name(self.function)} returned {len(scores)} scores for {len(texts)} responses")
+        return Scores(
+            scores=checked(torch.tensor([float(score) for score in scores]), _name(self.function)).to(
+                responses.response_ids.device
+            )
+        )
+
+
+class RewardModel:
+    """A sequence classifier with one label, run under its own fast attention kernel, without gradient.
+
+    Where the reward model has the policy's vocabulary it reads the sampled tokens themselves. Where it has another
+    tokenizer, or a template, it reads text, and what it says of its own tokens is carried over by character spans
+    (`score.alignment`).
+
+    Attributes:
+        model: The classifier.
+        tokenizer: Its tokenizer.
+        policy_tokenizer: That of the responses.
+        budget: Tokens that the model is given at once, padding included.
+        template: From prompt and response to the text that the model reads; None for one after the other.
+        layer: Whose attention is read; None for the last with full attention.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        budget: int = 16_384,
+        template: Template | None = None,
+        layer: int | None = None,
+    ) -> None:
+        head = score_head(model)
+        if head.out_features != 1:
+            raise ValueError(f"the reward model has {head.out_features} labels; give a sequence classifier with one")
+        self.model, self.tokenizer, self.policy_tokenizer = model.eval(), tokenizer, policy_tokenizer
+        self.budget, self.template, self.layer = budget, template, layer
+        self.same_tokens = template is None and same_vocabulary(tokenizer, policy_tokenizer)
+
+    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+        """Score B responses."""
+        read = self._read_tokens if self.same_tokens else self._read_text
+        scores, attention, prefix_scores = read(prompts, responses, needs)
+        return Scores(
+            scores=checked(scores, "the reward model"),
+            attention=attention if "attention" in needs else None,
+            prefix_scores=prefix_scores if "prefix_scores" in needs else None,
+        )
+
+    def read(
+        self, ids: Int[Tensor, "B L"], mask: Tensor, needs: frozenset[str]
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+        """Run the model over padded sequences.
+
+        Args:
+            ids: (B, L) int64. Padded on either side.
+            mask: (B, L) bool. False on padding.
+            needs: Attention is computed only when it is named here.
+
+        Returns:
+            scores: (B) float32. The head at the position that it reads.
+            attention: (B, L) float32. From that position, mean over heads; zeros when nobody asked.
+            position_scores: (B, L) float32. The head at every position.
+        """
+        index = self.read_index(ids, mask)
+        with torch.no_grad():
+            if "attention" in needs:
+                with capture_row(self.model, index, layer=self.layer) as captured:
+                    hidden = hidden_states(self.model, ids, mask)
+                attention = captured.row
+            else:
+                hidden = hidden_states(self.model, ids, mask)
+                attention = torch.zeros(ids.shape, device=ids.device)
+            everywhere = score_head(self.model)(hidden)[..., 0].float()
+        return everywhere.gather(1, index[:, None])[:, 0], attention, everywhere
+
+    def read_index(self, ids: Int[Tensor, "B L"], mask: Tensor) -> Int[Tensor, " B"]:
+        """Find where the head reads its score: at the rightmost token that is not the padding token.
+
+        This is transformers' own rule, so that scores equal those of training; where the padding token also ends
+        texts, the score is read just before the end.
+
+        Args:
+            ids: (B, L) int64.
+            mask: (B, L) bool.
+
+        Returns:
+            (B) int64. Column.
+        """
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        pad = unwrapped(self.model).config.get_text_config().pad_token_id  # type: ignore[union-attr]
+        return torch.where(mask & (ids != (-1 if pad is None else pad)), columns, 0).amax(1)
+
+    def _read_tokens(
+        self, prompts: Prompts, responses: Responses, needs: frozenset[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the sampled tokens as they are."""
+        width = responses.response_ids.shape[1]
+        everything = (prompts.prompt_ids, prompts.prompt_mask, responses.response_ids, responses.response_mask)
+
+        def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
+            prompt_ids, prompt_mask, response_ids, response_mask = trim(*(x[group] for x in everything))
+            ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
+            scores, attention, everywhere = self.read(ids, mask, needs)
+            first = prompt_ids.shape[1]
+            return scores, torch.where(response_mask, attention[:, first:], 0), everywhere[:, first - 1 :]
+
+        lengths = prompts.prompt_mask.sum(1) + responses.response_mask.sum(1)
+        scores, attention, prefix = in_groups(read, lengths, self.budget, width + 1)
+        return scores, attention[:, :width], prefix
+
+    def _read_text(
+        self, prompts: Prompts, responses: Responses, needs: frozenset[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the text in the reward model's own tokens, and carry its answers over to the policy's."""
+        raise NotImplementedError
+
+
+def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Tell whether two tokenizers give the same ids to the same tokens."""
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
+    """Decode responses to text, without special tokens."""
+    rows = zip(responses.response_ids.tolist(), responses.response_mask.sum(1).tolist(), strict=True)
+    return [tokenizer.decode(ids[:length], skip_special_tokens=True) for ids, length in rows]
+
+
+def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:
+    """Refuse scores that are not finite, which would poison every parameter.
+
+    Raises:
+        ValueError: If a score is NaN or infinite; it names the first.
+    """
+    bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        value = float(scores[bad[0]])
+        raise ValueError(f"{source} returned {value} for response {bad[0]} ({len(bad)} such of {len(scores)}); mend it")
+    return scores
+
+
+def _name(function: Any) -> str:
+    """Name a callable as its author does."""
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,548 @@
+"""The captured row equals eager attention for every family, and capturing leaves the model as it was."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
+
+from apportion.score.attention import CapturedRow, capture_row, find_attention
+from apportion.score.attention_row import attention_row, mask_row, visible_keys
+
+TOKENS = 20
+LENGTHS = (20, 13, 9)
+VOCABULARY = 50
+PAD = 0
+SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED: dict[str, Any] = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": PAD}
+OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "pad_token_id": PAD}
+SLIDING_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
+SLIDING_FIRST = ["full_attention", "sliding_attention", "full_attention"]
+MIXTURE: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+# Wide initial weights, or random attention would be uniform and any row would look right.
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED, initializer_range=0.3),
+    "qwen2": Qwen2Config(**GROUPED, initializer_range=0.3),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8, initializer_range=0.3),
+    "mistral": MistralConfig(**GROUPED, sliding_window=6, initializer_range=0.3),
+    "gemma2": Gemma2Config(
+        **GROUPED,
+        head_dim=8,
+        attn_logit_softcapping=2.0,
+        initializer_range=0.3,
+        sliding_window=6,
+        layer_types=SLIDING_FIRST,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **GROUPED, head_dim=8, initializer_range=0.3, sliding_window=6, layer_types=SLIDING_LAST
+    ),
+    "gpt2": GPT2Config(**OLD, initializer_range=0.3, scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48, pad_token_id=PAD, initializer_range=0.3),
+    "gpt_oss": GptOssConfig(**GROUPED, **MIXTURE, head_dim=8, sliding_window=6, initializer_range=0.3),
+    "gptj": GPTJConfig(**OLD, rotary_dim=4, initializer_range=0.3),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        attention_types=[[["local", "global", "local"], 1]],
+        window_size=6,
+        initializer_range=0.3,
+    ),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.3),
+    "falcon": FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.3
+    ),
+}
+LAYER = {"gemma3": 1, "gpt_oss": 1, "gpt_neo": 1}
+SDPA = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox")
+EAGER = ("gemma2", "gpt_oss", "gptj", "gpt_neo", "bloom", "falcon")
+HOOKED = ("gptj", "gpt_neo", "bloom", "falcon")
+TAPPED = tuple(family for family in SDPA + EAGER if family not in HOOKED)
+
+
+def make(family: str, implementation: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    implementation = implementation or ("sdpa" if family in SDPA else "eager")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(
+            type(CONFIGS[family]).from_dict(CONFIGS[family].to_dict()), attn_implementation=implementation
+        )
+    return model.to(dtype).eval()
+
+
+def padded(side: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Three rows of different lengths, and the column of the last token of each."""
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(1, VOCABULARY, (len(LENGTHS), TOKENS), generator=generator)
+    lengths = torch.tensor(LENGTHS)[:, None]
+    columns = torch.arange(TOKENS)[None]
+    mask = columns < lengths if side == "right" else columns >= TOKENS - lengths
+    last = (columns * mask).argmax(dim=1)
+    return {"input_ids": input_ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}, last
+
+
+def eager_row(model: nn.Module, inputs: dict[str, Tensor], layer: int, read_index: Tensor) -> Tensor:
+    maps = model(**inputs, output_attentions=True).attentions[layer]
+    return maps[torch.arange(len(read_index)), :, read_index].float().mean(dim=1)
+
+
+def dense_maps(arguments: dict[str, Any]) -> Tensor:
+    """All rows of a layer in float32 from the arguments of its attention function, with repeated keys."""
+    query, key, options = arguments["query"].float(), arguments["key"].float(), arguments["options"]
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * options["scaling"]
+    if options.get("softcap") is not None:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    mask = causal if arguments["mask"] is None else arguments["mask"]
+    bias = (
+        torch.zeros(mask.shape).masked_fill(~mask, -1e30) if mask.dtype == torch.bool else mask.float().clamp(min=-1e30)
+    )
+    scores = scores + bias
+    if options.get("s_aux") is not None:
+        sinks = options["s_aux"].float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    return scores.softmax(dim=-1)
+
+
+@contextmanager
+def recorded(model: PreTrainedModel, family: str, layer: int) -> Iterator[dict[str, Any]]:
+    """Run a model under a recording kernel of its own name, which passes on to the family's ordinary one."""
+    seen: dict[str, Any] = {}
+    kernel = sdpa_attention_forward
+    if family in EAGER:
+        kernel = vars(__import__(type(model).__module__, fromlist=["_"]))["eager_attention_forward"]
+
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
+        if module.layer_idx == layer:
+            seen.update(query=query, key=key, mask=mask, options=options)
+        return kernel(module, query, key, value, mask, **options)
+
+    implementation = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS["recording"] = record
+    AttentionMaskInterface.register("recording", eager_mask if family in EAGER else sdpa_mask)
+    model.config._attn_implementation = "recording"
+    try:
+        yield seen
+    finally:
+        model.config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS["recording"]
+        AttentionMaskInterface._global_mapping.pop("recording")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", SDPA + EAGER)
+@torch.no_grad()
+def test_the_row_equals_eager_output_attentions(family: str, side: str) -> None:
+    inputs, last = padded(side)
+    model = make(family)
+    with capture_row(model, last) as captured:
+        model(**inputs)
+    expected = eager_row(make(family, "eager"), inputs, LAYER.get(family, 2), last)
+    assert captured.row.dtype == torch.float32
+    torch.testing.assert_close(captured.row, expected, atol=1e-5, rtol=0)
+    assert captured.row.std(dim=1).min() > 1e-3  # uniform rows would prove nothing
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", TAPPED)
+@torch.no_grad()
+def test_the_row_of_a_bfloat16_model_is_the_float32_softmax_of_its_own_queries_and_keys(family: str, side: str) -> None:
+    # Eager attention rounds its scores and weights to bfloat16, so it is no reference at 1e-5. The reference is the
+    # dense float32 map of the same bfloat16 queries and keys, recorded from a forward pass under the same kernel.
+    inputs, last = padded(side)
+    model = make(family, dtype=torch.bfloat16)
+    with capture_row(model, last) as captured:
+        model(**inputs)
+    with recorded(model, family, LAYER.get(family, 2)) as seen:
+        model(**inputs)
+    expected = dense_maps(seen)[torch.arange(3), :, last].mean(dim=1)
+    torch.testing.assert_close(captured.row, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", SDPA + EAGER)
+@torch.no_grad()
+def test_the_row_of_a_bfloat16_model_equals_eager_up_to_bfloat16_rounding(family: str) -> None:
+    inputs, last = padded("right")
+    model = make(family, "eager", dtype=torch.bfloat16)
+    with capture_row(model, last) as captured:
+        model(**inputs)
+    expected = eager_row(model, inputs, LAYER.get(family, 2), last)
+    torch.testing.assert_close(captured.row, expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj"])
+@torch.no_grad()
+def test_capturing_leaves_the_logits_the_same_to_the_bit(family: str) -> None:
+    inputs, last = padded("left")
+    model = make(family)
+    before = model(**inputs).logits
+    with capture_row(model, last):
+        during = model(**inputs).logits
+    assert torch.equal(before, during)
+    assert torch.equal(before, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_every_layer_can_be_chosen_also_from_the_end() -> None:
+    inputs, last = padded("right")
+    model, eager = make("mistral"), make("mistral", "eager")
+    for layer in (-3, -1, 0, 1, 2):
+        with capture_row(model, last, layer=layer) as captured:
+            model(**inputs)
+        torch.testing.assert_close(captured.row, eager_row(eager, inputs, layer, last), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_default_layer_sees_what_the_last_sliding_layer_of_gemma3_cannot() -> None:
+    inputs, last = padded("right")
+    model = make("gemma3")
+    with capture_row(model, last) as full:
+        model(**inputs)
+    with capture_row(model, last, layer=2) as sliding:
+        model(**inputs)
+    assert (full.row[0] > 0).all()
+    assert (sliding.row[0, :14] == 0).all()
+    assert (sliding.row[0, 14:] > 0).all()
+
+
+@torch.no_grad()
+def test_the_row_is_read_where_the_classification_head_reads() -> None:
+    config = LlamaConfig(**GROUPED, num_labels=1, initializer_range=0.3)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
+    inputs, last = padded("right")
+    with capture_row(model, last) as captured:
+        scores = model(**inputs).logits
+    for row, length in enumerate(LENGTHS):
+        alone = {"input_ids": inputs["input_ids"][row : row + 1, :length]}
+        with capture_row(model, torch.tensor([length - 1])) as single:
+            torch.testing.assert_close(model(**alone).logits, scores[row : row + 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(captured.row[row : row + 1, :length], single.row, atol=1e-6, rtol=0)
+        assert (captured.row[row, length:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
+@torch.no_grad()
+def test_a_model_inside_peft_is_captured_as_the_model_itself() -> None:
+    inputs, last = padded("left")
+    plain = make("llama")
+    with capture_row(plain, last) as expected:
+        plain(**inputs)
+    adapted = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    with capture_row(adapted, last) as captured:
+        adapted(**inputs)
+    torch.testing.assert_close(captured.row, expected.row, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_with_a_cache_the_row_covers_the_cached_keys() -> None:
+    model = make("llama")
+    input_ids = padded("right")[0]["input_ids"][:1]
+    with capture_row(model, torch.tensor([TOKENS - 1])) as whole:
+        model(input_ids)
+    for split in (12, TOKENS - 1):
+        cache = model(input_ids[:, :split], use_cache=True).past_key_values
+        with capture_row(model, torch.tensor([TOKENS - 1 - split])) as continued:
+            model(input_ids[:, split:], past_key_values=cache)
+        torch.testing.assert_close(continued.row, whole.row, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_kernel_with_a_padding_mask_of_two_dimensions_gives_the_same_row() -> None:
+    # As flash attention: its mask builder, and a kernel that applies causality and window by itself.
+    def kernel(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
+        causal = visible_keys(torch.arange(TOKENS), TOKENS, causal=True, window=options["sliding_window"])
+        full = causal[None, None] if mask is None else causal & mask[:, None, None].bool()
+        return sdpa_attention_forward(module, query, key, value, full, scaling=options["scaling"])
+
+    ALL_ATTENTION_FUNCTIONS["padding_only"] = kernel
+    AttentionMaskInterface.register("padding_only", flash_attention_mask)
+    model, eager = make("mistral"), make("mistral", "eager")
+    model.config._attn_implementation = "padding_only"
+    try:
+        for side in ("left", "right"):
+            inputs, last = padded(side)
+            with capture_row(model, last) as captured:
+                model(**inputs)
+            torch.testing.assert_close(captured.row, eager_row(eager, inputs, 2, last), atol=1e-5, rtol=0)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["padding_only"]
+        AttentionMaskInterface._global_mapping.pop("padding_only")
+
+
+def test_a_flex_block_mask_hides_the_same_keys_as_a_bool_mask() -> None:
+    padding = padded("left")[0]["attention_mask"].bool()
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex passes the head
+        return (key <= query) & padding[row, key]
+
+    read_index = torch.tensor([19, 14, 12])
+    block = create_block_mask(visible, B=3, H=None, Q_LEN=TOKENS, KV_LEN=TOKENS, device="cpu")
+    dense = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & padding[:, None, None]
+    expected = mask_row(dense, nn.Identity(), read_index, TOKENS, TOKENS, {})
+    assert torch.equal(mask_row(block, nn.Identity(), read_index, TOKENS, TOKENS, {}), expected)
+
+
+def test_sequences_packed_for_flash_attention_do_not_see_each_other() -> None:
+    # Two sequences of 3 and 4 tokens in one row; the query at column 5 is the third of the second.
+    attention = nn.Module()
+    attention.config = LlamaConfig(attn_implementation="flash_attention_2")
+    expected = torch.tensor([[[float("-inf")] * 3 + [0.0] * 3 + [float("-inf")]]])
+    for options in (
+        {"cu_seq_lens_k": torch.tensor([0, 3, 7], dtype=torch.int32)},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])},
+    ):
+        assert torch.equal(mask_row(None, attention, torch.tensor([5]), 7, 7, options), expected)
+
+
+def test_a_window_counts_the_querys_own_key() -> None:
+    # Window 2 at column 3: columns 2 and 3.
+    seen = visible_keys(torch.tensor([3]), 5, causal=True, window=2)
+    assert seen.tolist() == [[False, False, True, True, False]]
+    with pytest.raises(ValueError, match="bidirectional window of 2 keys"):
+        visible_keys(torch.tensor([3]), 5, causal=False, window=2)
+
+
+def test_a_row_by_hand() -> None:
+    # One head, width 1, scaling 1: scores ln 1, ln 2, ln 5 and a sink ln 2 give 1/10, 2/10, 5/10; the sink takes 2/10.
+    key = torch.tensor([1.0, 2.0, 5.0, 9.0]).log().view(1, 1, 4, 1)
+    bias = torch.tensor([[[0.0, 0.0, 0.0, -torch.inf]]])
+    row = attention_row(
+        torch.ones(1, 1, 1, 1), key, torch.tensor([0]), bias, scaling=1.0, sinks=torch.tensor([2.0]).log()
+    )
+    torch.testing.assert_close(row, torch.tensor([[0.1, 0.2, 0.5, 0.0]]))
+
+
+def test_a_query_that_sees_nothing_has_a_row_of_zeros() -> None:
+    bias = torch.full((1, 1, 4), -torch.inf)
+    row = attention_row(torch.ones(1, 2, 1, 3), torch.ones(1, 2, 4, 3), torch.tensor([0]), bias)
+    assert torch.equal(row, torch.zeros(1, 4))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest number of elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@torch.no_grad()
+def test_no_tensor_of_the_size_of_the_attention_map_is_made() -> None:
+    tokens = 1024
+    long: dict[str, Any] = GROUPED | {"vocab_size": 8, "num_hidden_layers": 1, "max_position_embeddings": tokens}
+    config = LlamaConfig(**long)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    input_ids = torch.ones(1, tokens, dtype=torch.long)
+    with LargestTensor() as largest, capture_row(model, torch.tensor([tokens - 1])) as captured:
+        model(input_ids, logits_to_keep=1, use_cache=False)
+    assert captured.row.shape == (1, tokens)
+    assert largest.elements < tokens * tokens // 8
+    with LargestTensor() as dense:
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()(input_ids, logits_to_keep=1)
+    assert dense.elements >= 4 * tokens * tokens  # what the probe would have seen
+
+
+@torch.no_grad()
+def test_a_hooked_layer_drops_its_map() -> None:
+    inputs, last = padded("right")
+    model = make("gptj")
+    kept: list[Any] = []
+    with capture_row(model, last):
+        handle = find_attention(model).register_forward_hook(lambda _module, _inputs, output: kept.append(output[1]))
+        model(**inputs)
+    handle.remove()
+    assert kept == [None]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_outside_of_the_context_the_function_is_the_original_also_after_an_exception(family: str) -> None:
+    inputs, last = padded("right")
+    model = make(family)
+    attention = find_attention(model)
+    names = vars(modeling_gemma2) if family == "gemma2" else ALL_ATTENTION_FUNCTIONS
+    key = "eager_attention_forward" if family == "gemma2" else "sdpa"
+    original = names[key]
+    attributes = set(vars(attention))
+    with capture_row(model, last):
+        assert names[key] is not original
+    with pytest.raises(IndexError), capture_row(model, last):
+        model(inputs["input_ids"] + VOCABULARY)
+    assert names[key] is original
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+    assert set(vars(attention)) == attributes
+    with capture_row(model, last) as captured:
+        pass
+    model(**inputs)
+    with pytest.raises(RuntimeError, match="no attention row was captured"):
+        _ = captured.row
+
+
+@torch.no_grad()
+def test_a_function_that_was_overridden_before_the_capture_is_overridden_after_it() -> None:
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        with capture_row(make("llama"), torch.tensor([0])):
+            pass
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@torch.no_grad()
+def test_two_models_are_captured_at_once_and_other_models_are_left_alone() -> None:
+    inputs, last = padded("right")
+    first, second, other = make("llama"), make("qwen2"), make("mistral")
+    with capture_row(first, last) as outer, capture_row(second, last) as inner:
+        other(**inputs)
+        with pytest.raises(RuntimeError, match="no attention row"):
+            _ = outer.row
+        first(**inputs)
+        second(**inputs)
+    torch.testing.assert_close(outer.row, eager_row(make("llama", "eager"), inputs, 2, last), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inner.row, eager_row(make("qwen2", "eager"), inputs, 2, last), atol=1e-5, rtol=0)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+@torch.no_grad()
+def test_captures_that_end_in_the_order_they_began_restore_the_function() -> None:
+    first, second = capture_row(make("llama"), torch.tensor([0])), capture_row(make("qwen2"), torch.tensor([0]))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+    second.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_threads_that_capture_models_of_their_own_do_not_disturb_each_other() -> None:
+    inputs, last = padded("right")
+    models = [make("llama") for _ in range(2)]
+    rows: dict[int, Tensor] = {}
+
+    def run(number: int) -> None:
+        for _ in range(5):
+            with torch.no_grad(), capture_row(models[number], last) as captured:
+                models[number](**inputs)
+            rows[number] = captured.row
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(rows[0], rows[1])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_captured() -> None:
+    inputs, last = padded("right")
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager")
+    assert isinstance(compiled, nn.Module)
+    compiled(**inputs)
+    with capture_row(compiled, last) as captured:
+        compiled(**inputs)
+    torch.testing.assert_close(captured.row, eager_row(make("llama", "eager"), inputs, 2, last), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_same_layer_is_not_captured_twice_at_once() -> None:
+    model = make("llama")
+    last = torch.tensor([0])
+    with (
+        capture_row(model, last),
+        pytest.raises(RuntimeError, match="being captured already"),
+        capture_row(model, last),
+    ):
+        pass
+    with capture_row(model, last):
+        pass
+
+
+def test_gradients_and_training_mode_are_refused() -> None:
+    model, last = make("llama"), torch.tensor([0])
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad"), capture_row(model, last):
+        pass
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"model\.eval"), capture_row(model.train(), last):
+        pass
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_there_is_refused() -> None:
+    for layer in (3, -4):
+        with pytest.raises(ValueError, match=rf"layer {layer} is not .* \[0, 1, 2\]"):
+            find_attention(make("llama"), layer)
+    with pytest.raises(ValueError, match="Linear has no attention layer"):
+        find_attention(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="several modules are layer 2"):
+        find_attention(nn.ModuleList([make("llama"), make("qwen2")]))
+
+
+@pytest.mark.parametrize(
+    ("read_index", "message"), [([1, 2], "2 entries, the model's input has 3 rows"), ([1, 2, 20], "columns 0 to 19")]
+)
+@torch.no_grad()
+def test_a_read_index_that_does_not_fit_the_input_is_refused(read_index: list[int], message: str) -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match=message), capture_row(model, torch.tensor(read_index)):
+        model(**padded("right")[0])
+
+
+@torch.no_grad()
+def test_a_layer_that_forms_no_map_asks_for_eager() -> None:
+    model = make("falcon", "sdpa")
+    with pytest.raises(RuntimeError, match="attn_implementation='eager'"), capture_row(model, torch.tensor([0])):
+        model(torch.ones(1, 4, dtype=torch.long))
+
+
+def test_reading_before_the_forward_pass_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="run the model inside"):
+        _ = CapturedRow(torch.tensor([0])).row
