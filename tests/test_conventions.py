@@ -156,8 +156,8 @@ def documented_shapes(docstring: str, section: str) -> dict[str, tuple[list[str]
 
 def agrees(kind: str, axes: list[str], documented: tuple[list[str], str]) -> bool:
     dtype = {"Float": "float", "Int": "int", "Bool": "bool"}.get(kind, "")
-    named = re.match(r"float|int|bool", documented[1])
-    return axes == documented[0] and (not named or not dtype or named.group() == dtype)
+    named = re.fullmatch(r"(float|int|bool)\d*", documented[1])
+    return axes == documented[0] and (not named or not dtype or named.group(1) == dtype)
 
 
 def annotated_names(node: Function | ast.ClassDef) -> dict[str, ast.expr | None]:
@@ -197,6 +197,18 @@ def places_outside(name: str, tree: ast.Module) -> Iterator[str]:
             yield f"{name}:{node.lineno} names a folder outside of the project"
 
 
+def undefined_metrics(name: str, tree: ast.Module) -> Iterator[str]:
+    """A metric key such as `score/mean` has its own row in docs/metrics.md."""
+    rows = set(re.findall(r"^\| `([a-z]+/\w+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    stages = "|".join(sorted({row.split("/")[0] for row in rows}))
+    key = re.compile(rf"({stages})/[a-z]\w*")
+    if within(name, ("evaluate",)):
+        return  # reads what others log, and knows names that a run may lack
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Constant)):
+        if isinstance(node.value, str) and node.value not in rows and key.fullmatch(node.value):
+            yield f"{name}:{node.lineno} {node.value} is not defined in docs/metrics.md"
+
+
 CHECKS: tuple[Check, ...] = (
     imports_from_its_right,
     impurities,
@@ -205,6 +217,7 @@ CHECKS: tuple[Check, ...] = (
     shapes_that_disagree,
     undeclared_libraries,
     places_outside,
+    undefined_metrics,
 )
 
 
@@ -249,6 +262,7 @@ SHAPES = 'def f(x: Float[Tensor, "B T"]{more}) -> {result}:\n    """Do.\n\n    {
         ),
         (undeclared_libraries, "a", "import numba.core"),
         (places_outside, "a", 'x = open("../shared/data/x")'),
+        (undefined_metrics, "a", 'metrics = {"score/mood": 1.0}'),
     ],
 )
 def test_a_violation_is_found(check: Check, name: str, source: str) -> None:
