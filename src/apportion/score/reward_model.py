@@ -12,7 +12,6 @@ from apportion.batch import Prompts, Scores
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
 from apportion.rollout import Responses, trim
-from apportion.score.alignment import Template, align, concatenation
 from apportion.score.attention import capture_row
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -85,7 +84,7 @@ class RewardModel:
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         budget: int = 16_384,
-        template: Template | None = None,
+        template: Any = None,
         layer: int | None = None,
     ) -> None:
         head = score_head(model)

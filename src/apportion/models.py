@@ -1,0 +1,272 @@
+"""Policy, critic and reference: Hugging Face models, read at the tokens of a response.
+
+Every model takes a left-padded prompt and a right-padded response, (B, P) and (B, T), and answers for the T response
+tokens; the shift by one, from a position to the token that it predicts, happens here and nowhere else.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from apportion.sampling import Sampling, sampled_logits
+
+CHUNK_ELEMENTS = 2**24
+"""Logits are formed for so many elements at a time (64 MiB in float32), whatever the vocabulary."""
+
+
+def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal language model from a folder or a hub name; safetensors only.
+
+    Args:
+        path: Folder or hub name.
+        dtype: "auto" for the dtype of the file, or the name of one.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+
+
+def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
+    """Load a reward model or a critic: a sequence classifier with one label; safetensors only.
+
+    A path to a causal language model gives its trunk with a new head.
+
+    Args:
+        path: Folder or hub name.
+        dtype: "auto" for the dtype of the file, or the name of one.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If the model was saved with another number of labels.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"reward model {path} has {config.num_labels} labels; give a sequence classifier with one")
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, use_safetensors=True)
+    if not is_classifier:
+        nn.init.zeros_(score_head(model).weight)
+    return model.eval()
+
+
+def scorer_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    """Make a critic of a policy in memory: a copy of its trunk under a head that says zero.
+
+    Args:
+        policy: A causal language model without adapters.
+
+    Returns:
+        A sequence classifier with one label.
+    """
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    trunk, source = (getattr(m, m.base_model_prefix) for m in (model, policy))
+    trunk.load_state_dict(source.state_dict())
+    nn.init.zeros_(score_head(model).weight)
+    return model.eval()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model inside of adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """Find the linear layer that reads a sequence classifier's score.
+
+    Raises:
+        ValueError: If the model has none under a name that decoders use.
+    """
+    base = unwrapped(model)
+    for name in ("score", "classifier"):
+        head = getattr(base, name, None)
+        # PEFT keeps a trained copy of the head beside the original.
+        head = head.modules_to_save["default"] if hasattr(head, "modules_to_save") else head
+        if isinstance(head, nn.Linear):
+            return head
+    raise ValueError(f"{type(base).__name__} has no linear layer `score`; give a decoder with a classification head")
+
+
+def hidden_states(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """Run the trunk of a model over padded sequences.
+
+    Args:
+        model: Causal language model or sequence classifier, with adapters or without.
+        ids: (B, L) int64.
+        mask: (B, L) bool. False on padding, on either side.
+
+    Returns:
+        (B, L, D) in the model's dtype. Last hidden states, after the final norm.
+    """
+    base = unwrapped(model)
+    trunk = getattr(base, base.base_model_prefix)
+    return trunk(**inputs(trunk, ids, mask), use_cache=False).last_hidden_state
+
+
+def inputs(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> dict[str, Tensor]:
+    """Name the inputs of a forward pass; positions count valid tokens, so that left padding changes nothing."""
+    named = {"input_ids": ids, "attention_mask": mask.long()}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        named["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return named
+
+
+class Policy(nn.Module):
+    """A causal language model that answers with the log-probabilities of response tokens.
+
+    Attributes:
+        model: The Hugging Face model, with adapters or without.
+        eos_ids: Tokens that end a response.
+    """
+
+    def __init__(self, model: nn.Module, eos_ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.eos_ids = eos_ids
+        self._project = _projection(unwrapped(model))
+
+    def forward(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        response_ids: Int[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B T"],
+        sampling: Sampling,
+        truncate: bool = True,
+    ) -> Float[Tensor, "B T"]:
+        """Compute the log-probability of each response token under the distribution that is sampled.
+
+        No (B, T, V) tensor is formed: the head runs over chunks of tokens, which are computed again in the backward pass
+        where there are several.
+
+        Args:
+            prompt_ids: (B, P) int64. Left-padded.
+            prompt_mask: (B, P) bool.
+            response_ids: (B, T) int64. Right-padded.
+            response_mask: (B, T) bool.
+            sampling: The distribution.
+            truncate: Whether top-k and top-p apply (see `sampled_logits`).
+
+        Returns:
+            (B, T) float32. In nats; 0 outside the mask.
+        """
+        ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
+        first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
+        hidden = hidden_states(self.model, ids, mask)[:, first : first + width][response_mask]
+        places = (response_mask.cumsum(1) - 1)[response_mask]
+        tokens = response_ids[response_mask]
+
+        def logprobs(hidden: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+            logits = sampled_logits(
+                self._project(hidden), sampling, places=places, eos_ids=self.eos_ids, chosen=tokens, truncate=truncate
+            )
+            return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+        chunk = max(1, CHUNK_ELEMENTS // unwrapped(self.model).config.get_text_config().vocab_size)
+        flat = _by_chunks(logprobs, (hidden, tokens, places), chunk)
+        return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, flat)
+
+
+class Critic(nn.Module):
+    """A sequence classifier with one label, read before each response token instead of at the end.
+
+    Attributes:
+        model: The Hugging Face model, with adapters or without.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        response_ids: Int[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """Estimate the return before each response token.
+
+        Args:
+            prompt_ids: (B, P) int64. Left-padded.
+            prompt_mask: (B, P) bool.
+            response_ids: (B, T) int64. Right-padded.
+            response_mask: (B, T) bool.
+
+        Returns:
+            (B, T) float32. 0 outside the mask.
+        """
+        ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
+        first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
+        hidden = hidden_states(self.model, ids, mask)[:, first : first + width]
+        values = score_head(self.model)(hidden)[..., 0].float()
+        return torch.where(response_mask, values, 0)
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager:
+    """Switch low-rank adapters off for a while, which turns the policy into its own reference."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()  # type: ignore[operator]
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout to zero, also those of adapters: with dropout the first ratio would not be 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # read by attention functions and by fused modules
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def _by_chunks(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int
+) -> Float[Tensor, " N"]:
+    """Apply a function to chunks of rows; with several, activations are recomputed in the backward pass."""
+    if len(tensors[0]) <= size:
+        return function(*tensors)
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _projection(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Find what turns a model's last hidden states into its logits, and make sure on two tokens that it does.
+
+    Raises:
+        ValueError: If the model does something to its logits that is not known here.
+    """
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(hidden)
+        logits = logits if scale == 1 else logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        return project
+    ids = torch.arange(2, device=parameter.device)[None]
+    with torch.no_grad():
+        theirs = model(**inputs(model, ids, torch.ones_like(ids, dtype=torch.bool)), use_cache=False).logits.float()
+        ours = project(hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))).float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{type(model).__name__} computes its logits in a way that apportion does not know; report it")
+    return project

@@ -1,0 +1,205 @@
+"""From prompts to rollouts: responses, with the log-probabilities and values that they had when they were sampled."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from apportion.batch import Prompts, Rollout
+from apportion.microbatches import in_groups
+from apportion.models import Critic, Policy, unwrapped
+from apportion.sampling import Sampling, draw, sampled_logits
+
+_LOOK_EVERY = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """What sampling gives.
+
+    Attributes:
+        response_ids: (B, T) int64. Right-padded; T is the longest response of the batch.
+        response_mask: (B, T) bool. The end-of-text token is part of the response.
+        logprobs: (B, T) float32. Log-probability of each token as it was drawn, in nats; 0 outside the response.
+    """
+
+    response_ids: Int[Tensor, "B T"]
+    response_mask: Bool[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, prompts: Prompts, sampling: Sampling, uniforms: Float[Tensor, "B T"], *, pad_id: int
+) -> Responses:
+    """Draw a response to each prompt.
+
+    A short loop over the model's own cache. Rows that have ended leave the batch as soon as there are enough of them,
+    and the log-probabilities are gathered on the way, which saves a pass of the policy.
+
+    Args:
+        policy: The model; it is used in evaluation mode.
+        prompts: B prompts, left-padded.
+        sampling: The distribution.
+        uniforms: (B, max_new_tokens) float in [0, 1). They decide what is drawn: same numbers, same responses.
+        pad_id: What stands after the end of a response.
+
+    Returns:
+        Responses of up to `max_new_tokens` tokens.
+
+    Raises:
+        ValueError: If a prompt is empty or `uniforms` has another shape.
+    """
+    rows = len(prompts.prompt_ids)
+    if uniforms.shape != (rows, sampling.max_new_tokens):
+        raise ValueError(f"uniforms has shape {tuple(uniforms.shape)}; give ({rows}, {sampling.max_new_tokens})")
+    if not prompts.prompt_mask.any(1).all():
+        raise ValueError(f"prompt {int((~prompts.prompt_mask.any(1)).nonzero()[0, 0])} is empty; drop empty prompts")
+    ids = torch.full((rows, sampling.max_new_tokens), pad_id, device=prompts.prompt_ids.device)
+    logprobs = torch.zeros(ids.shape, device=ids.device)
+    ended_at = torch.full((rows,), sampling.max_new_tokens, device=ids.device)
+    decoder = _Decoder(policy.model, prompts)
+    active = torch.arange(rows, device=ids.device)
+    for place in range(sampling.max_new_tokens):
+        places = torch.full_like(active, place)
+        logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)
+        tokens, chances = draw(logits, uniforms[:, place].to(ids.device)[active])
+        ids[active, place], logprobs[active, place] = tokens, chances
+        ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=ids.device))
+        ended_at[active] = torch.where(ends & (ended_at[active] > place + 1), place + 1, ended_at[active])
+        if place + 1 == sampling.max_new_tokens:
+            break
+        if place % _LOOK_EVERY == _LOOK_EVERY - 1:
+            still = ended_at[active] > place + 1
+            if not still.any():
+                break
+            if still.float().mean() <= 0.75:
+                active, tokens = active[still], tokens[still]
+                decoder.keep(still)
+        decoder.feed(tokens)
+    mask = torch.arange(ids.shape[1], device=ids.device) < ended_at[:, None]
+    width = int(ended_at.max())
+    mask = mask[:, :width]
+    return Responses(
+        response_ids=torch.where(mask, ids[:, :width], pad_id),
+        response_mask=mask,
+        logprobs=torch.where(mask, logprobs[:, :width], 0),
+    )
+
+
+class _Decoder:
+    """A model's next-token logits for a growing batch of texts; with its cache where the model has one."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+        self.model = model
+        self.parameters = inspect.signature(unwrapped(model).forward).parameters
+        self.cached = "past_key_values" in self.parameters
+        self.cache = DynamicCache(config=unwrapped(model).config) if self.cached else None
+        self.mask = prompts.prompt_mask
+        self.ids = prompts.prompt_ids
+        self.logits = self._run(self.ids)
+
+    def feed(self, tokens: Int[Tensor, " N"]) -> None:
+        """Append one token to each text."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
+        if not self.cached:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        self.logits = self._run(tokens[:, None] if self.cached else self.ids)
+
+    def keep(self, rows: Bool[Tensor, " N"]) -> None:
+        """Drop texts that have ended."""
+        self.mask, self.ids = self.mask[rows], self.ids[rows]
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows.nonzero()[:, 0])
+
+    def _run(self, ids: Int[Tensor, "N L"]) -> Float[Tensor, "N V"]:
+        options: dict = {"input_ids": ids, "attention_mask": self.mask.long()}
+        if "position_ids" in self.parameters:
+            options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self.parameters:
+            options["logits_to_keep"] = 1
+        options |= {"past_key_values": self.cache, "use_cache": True} if self.cached else {}
+        return self.model(**options).logits[:, -1]
+
+
+@torch.no_grad()
+def complete(
+    prompts: Prompts,
+    responses: Responses,
+    *,
+    reference: Policy,
+    critic: Critic | None,
+    sampling: Sampling,
+    budget: int,
+    as_reference: Callable[[], AbstractContextManager] = nullcontext,
+) -> Rollout:
+    """Add to sampled responses what the reference and the critic say of them.
+
+    Args:
+        prompts: B prompts.
+        responses: Their responses.
+        reference: The model that the policy is held to.
+        critic: Values before each token; 0 everywhere without a critic, as when responses are only evaluated.
+        sampling: The distribution; top-k and top-p do not apply to the reference.
+        budget: Tokens that a model is given at once, padding included.
+        as_reference: Context that turns `reference` into the reference, where it is the policy with adapters.
+
+    Returns:
+        The rollout.
+    """
+    width, prompt_width = responses.response_ids.shape[1], prompts.prompt_ids.shape[1]
+    lengths = prompts.prompt_mask.sum(1) + responses.response_mask.sum(1)
+
+    def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
+        texts = trim(
+            prompts.prompt_ids[group],
+            prompts.prompt_mask[group],
+            responses.response_ids[group],
+            responses.response_mask[group],
+        )
+        with as_reference():
+            ref_logprobs = reference(*texts, sampling, truncate=False)
+        return ref_logprobs, torch.zeros_like(ref_logprobs) if critic is None else critic(*texts)
+
+    ref_logprobs, values = in_groups(read, lengths.clamp(max=prompt_width + width), budget, width)
+    return Rollout(
+        prompt_ids=prompts.prompt_ids,
+        prompt_mask=prompts.prompt_mask,
+        response_ids=responses.response_ids,
+        response_mask=responses.response_mask,
+        old_logprobs=responses.logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+    )
+
+
+def trim(
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    response_ids: Int[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut away the columns where every row is padding: at the left of the prompts, at the right of the responses.
+
+    Args:
+        prompt_ids: (B, P) int64. Left-padded.
+        prompt_mask: (B, P) bool.
+        response_ids: (B, T) int64. Right-padded.
+        response_mask: (B, T) bool.
+
+    Returns:
+        The four, of widths P' and T'; at least one column of each is left.
+    """
+    prompt_width = max(1, int(prompt_mask.flip(1).any(0).nonzero().amax()) + 1) if prompt_mask.any() else 1
+    width = max(1, int(response_mask.any(0).nonzero().amax()) + 1) if response_mask.any() else 1
+    return (
+        prompt_ids[:, -prompt_width:],
+        prompt_mask[:, -prompt_width:],
+        response_ids[:, :width],
+        response_mask[:, :width],
+    )

@@ -1,0 +1,85 @@
+"""Evaluation on held-out prompts: the same prompts and the same random numbers each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from apportion.data.prompts import PromptSet
+from apportion.score.reward_model import FunctionReward, decode
+from apportion.streams import generator
+
+if TYPE_CHECKING:
+    from apportion.train.ppo import PPOTrainer
+
+
+class Evaluation:
+    """Score responses to held-out prompts by the reward and by others that the policy is not trained on.
+
+    Random numbers depend neither on the step nor on the run's seed: the difference between two evaluations is one
+    between policies.
+
+    Args:
+        prompts: Held-out prompts.
+        trainer: Samples, and holds the reward and the reference.
+        rewards: Further reward functions.
+    """
+
+    def __init__(self, prompts: PromptSet, trainer: PPOTrainer, rewards: Sequence[FunctionReward]) -> None:
+        self.prompts, self.trainer, self.rewards = prompts, trainer, rewards
+        self.samples: list[dict[str, Any]] = []
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate the policy as it stands.
+
+        Args:
+            step: Updates done; it is written beside the samples.
+
+        Returns:
+            Metrics under `eval/`, means over all held-out prompts.
+        """
+        args, accelerator = self.trainer.args, self.trainer.accelerator
+        size = args.eval_batch_size or args.batch_size
+        starts = range(0, len(self.prompts), size)[accelerator.process_index :: accelerator.num_processes]
+        rows = [row for start in starts for row in self._rows(start, min(size, len(self.prompts) - start))]
+        if accelerator.num_processes > 1:
+            rows = gather_object(rows)
+        rows.sort(key=lambda row: row["index"])
+        names = [name for name in rows[0] if name not in ("index", "prompt", "response")]
+        means = {f"eval/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+        self.samples = [
+            {name: value for name, value in row.items() if name != "index"} for row in rows[: args.num_logged_samples]
+        ]
+        scale = self.trainer.score_scale or 1.0
+        means["eval/objective"] = means["eval/score"] * scale - args.credit.kl_coef * means["eval/kl_sequence"]
+        return means
+
+    @torch.no_grad()
+    def _rows(self, start: int, size: int) -> list[dict[str, Any]]:
+        """Respond to some prompts and measure each response."""
+        trainer = self.trainer
+        indices = range(start, start + size)
+        prompts = self.prompts.batch(indices, trainer.accelerator.device)
+        numbers = generator(0, "evaluate")
+        responses = trainer.respond(prompts, numbers, first=start, total=len(self.prompts))
+        rollout = trainer.complete(prompts, responses, with_values=False)
+        columns = {
+            "score": trainer.score(prompts, responses).scores,
+            "kl_sequence": rollout.kl.sum(1),
+            "length": rollout.lengths.float(),
+        }
+        columns |= {name(reward): reward(prompts, responses).scores for reward in self.rewards}
+        texts = decode(trainer.tokenizer, responses)
+        return [
+            {"index": index, "prompt": prompt, "response": text}
+            | {key: float(values[row]) for key, values in columns.items()}
+            for row, (index, prompt, text) in enumerate(zip(indices, prompts.texts, texts, strict=True))
+        ]
+
+
+def name(reward: FunctionReward) -> str:
+    """Name a reward in the metrics as its author does."""
+    return getattr(reward.function, "__name__", type(reward.function).__name__)

@@ -1,0 +1,431 @@
+"""PPO with credit assignment: the loop, one line a stage."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from apportion.batch import Credit, Prompts, Rollout, Scores
+from apportion.credit.assign import assign_credit
+from apportion.data.prompts import encode_prompts, indices_of
+from apportion.models import load_policy, load_scorer, unwrapped
+from apportion.rollout import Responses, complete, sample
+from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel
+from apportion.streams import generator
+from apportion.train.arguments import PPOArguments, to_yaml
+from apportion.train.callbacks import Callbacks
+from apportion.train.evaluation import Evaluation
+from apportion.train.learner import TrainingState, cast_roles, make_learner, make_schedule
+from apportion.train.metrics import batch_metrics
+from apportion.train.progress import progress
+from apportion.train.run import Checkpoint, Run, latest_checkpoint
+from apportion.update.ppo import update
+
+
+class Diverged(RuntimeError):
+    """Losses or gradients have not been finite for too many steps in a row."""
+
+
+class PPOTrainer:
+    """Train a language model by PPO, with credit assigned as the settings say.
+
+    Args:
+        args: The settings.
+        model: The policy: a causal language model, or a path to one.
+        reward_model: What scores responses: a sequence classifier with one label or a path to one, or a function
+            `(prompts, completions, **columns) -> list[float]` as in TRL.
+        train_dataset: A data set with a column `prompt`; its other columns go to reward functions.
+        processing_class: The policy's tokenizer; by default that of the path `model`.
+        ref_model: What the policy is held to; by default the policy as it begins.
+        value_model: The critic: a sequence classifier with one label or a path to one. By default it starts from the
+            reward model, or, where that is a function or has another vocabulary, from the policy.
+        eval_dataset: Held-out prompts.
+        eval_rewards: Further reward functions that only evaluate; reported as `eval/<name>`.
+        reward_processing_class: The reward model's tokenizer, if it is not the policy's.
+        reward_template: From prompt and response to the text that the reward model reads.
+        peft_config: Train low-rank adapters instead of the whole policy; the policy without them is the reference.
+        callbacks: Callbacks as of transformers' `Trainer`.
+        config_text: What the run folder keeps as config.yaml; by default the settings.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any long work.
+    """
+
+    def __init__(
+        self,
+        args: PPOArguments,
+        *,
+        model: str | PreTrainedModel,
+        reward_model: str | nn.Module | RewardFunction,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        ref_model: str | nn.Module | None = None,
+        value_model: str | nn.Module | None = None,
+        eval_dataset: Dataset | None = None,
+        eval_rewards: Sequence[RewardFunction] = (),
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
+        reward_template: Callable[[Any, str], str] | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        config_text: str | None = None,
+    ) -> None:
+        self.args = args
+        self.config_text = config_text or to_yaml(args)
+        self.accelerator = _accelerator(args)
+        if args.batch_size % (processes := self.accelerator.num_processes):
+            raise ValueError(f"batch_size is {args.batch_size}, not a multiple of the {processes} processes")
+        self.tokenizer = processing_class or _tokenizer_of(model)
+        encode = {"max_prompt_length": args.max_prompt_length, "strict": args.strict}
+        self.prompts = encode_prompts(train_dataset, self.tokenizer, **encode)
+        eval_prompts = None if eval_dataset is None else encode_prompts(eval_dataset, self.tokenizer, **encode)
+
+        policy_model = load_policy(model) if isinstance(model, str) else model
+        reward_tokenizer = reward_processing_class or (
+            _tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
+        )
+        value_model = _critic_model(value_model, reward_model, reward_tokenizer, self.tokenizer, model)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            policy_model = get_peft_model(policy_model, peft_config)
+        ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
+        roles = cast_roles(policy_model, ref_model, value_model, self.tokenizer, args)
+        self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
+        self.policy = make_learner(roles.policy, args.learning_rate, args, self.accelerator)
+        self.critic = make_learner(roles.critic, args.critic_learning_rate, args, self.accelerator)
+        learners = {"policy": self.policy, "critic": self.critic}
+        self.state = TrainingState(
+            learners=learners,
+            schedules={name: make_schedule(learner, args) for name, learner in learners.items()},
+            accelerator=self.accelerator,
+        )
+        self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
+        self.evaluation = None
+        if eval_prompts is not None and args.eval_steps:
+            further = [FunctionReward(function, self.tokenizer) for function in eval_rewards]
+            self.evaluation = Evaluation(eval_prompts, self, further)
+        self.callbacks = Callbacks(callbacks, args.num_steps, model=policy_model, processing_class=self.tokenizer)
+        self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self.score_scale: float | None = None if args.scale_scores else 1.0
+        self.run: Run | None = None
+
+    def train(self) -> None:
+        """Train, from the beginning or from where the run folder was left.
+
+        Raises:
+            ValueError: If the run folder cannot be used, or a score is not finite (a checkpoint is written first).
+            Diverged: If too many steps in a row had a loss or gradient that was not finite.
+        """
+        self._open()
+        args = self.args
+        if self.counters["step"] == 0 and self.evaluation is not None and self._fresh:
+            self._log(self.evaluation(0), scores=None)
+        with progress(args.num_steps, self.counters["step"], self.accelerator.is_main_process) as show:
+            for step in range(self.counters["step"], args.num_steps):
+                if self.callbacks.stop:
+                    break
+                watch = Stopwatch()
+                prompts = self._prompts_of(step)
+                with watch("time/generate"):
+                    responses = self.respond(prompts, generator(args.seed, "sample", step))
+                with watch("time/score"):
+                    rollout = self.complete(prompts, responses)
+                    scores = self._score(prompts, responses)
+                with watch("time/credit"):
+                    credit = assign_credit(rollout, self._scaled(scores, rollout), args.credit, reduce=self._sum)
+                with watch("time/update"):
+                    metrics = self._update(rollout, credit, step)
+                self._record(rollout, scores, credit, metrics | watch.times)
+                show(metrics=self.last)
+        self._finish()
+
+    def respond(self, prompts: Prompts, numbers: torch.Generator, *, first: int = 0, total: int | None = None) -> Responses:
+        """Sample a response to each prompt of this process.
+
+        Args:
+            prompts: B prompts.
+            numbers: Generator of the random numbers of the whole batch.
+            first: Place of the first prompt in the whole batch.
+            total: Size of the whole batch; by default `batch_size`, of which this process has its share.
+        """
+        sampling, rows = self.args.sampling, len(prompts.prompt_ids)
+        if total is None:
+            first, total = self.accelerator.process_index * rows, self.args.batch_size
+        uniforms = torch.rand(total, sampling.max_new_tokens, generator=numbers)[first : first + rows]
+        policy = self.accelerator.unwrap_model(self.policy.module)
+        with _evaluating(policy), self.accelerator.autocast():
+            return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id)
+
+    def complete(self, prompts: Prompts, responses: Responses, *, with_values: bool = True) -> Rollout:
+        """Add what the reference and, if asked, the critic say."""
+        with self.accelerator.autocast():
+            return complete(
+                prompts,
+                responses,
+                reference=self.reference,
+                critic=self.accelerator.unwrap_model(self.critic.module) if with_values else None,
+                sampling=self.args.sampling,
+                budget=self.args.ppo.micro_batch_tokens,
+                as_reference=self.as_reference,
+            )
+
+    def score(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+        """Ask the reward."""
+        with self.accelerator.autocast():
+            return self.reward(prompts, responses, needs)
+
+    def save_model(self, folder: str) -> None:
+        """Save the policy, or its adapters, and the tokenizer as a Hugging Face folder."""
+        policy = self.accelerator.unwrap_model(self.policy.module)
+        policy.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _make_reward(
+        self, reward: str | nn.Module | RewardFunction, tokenizer: PreTrainedTokenizerBase, template: Any
+    ) -> Reward:
+        """Make a reward of what the user gave, and refuse a function where more than scores is needed."""
+        needs = getattr(self.args.credit.redistribution, "needs", frozenset())
+        if not isinstance(reward, str | nn.Module):
+            if needs:
+                kind = type(self.args.credit.redistribution).__name__
+                wanted = " and ".join(sorted(needs))
+                raise ValueError(f"{kind} needs {wanted}, which a reward function has not; give a reward model")
+            return FunctionReward(reward, self.tokenizer)
+        model = load_scorer(reward) if isinstance(reward, str) else reward
+        return RewardModel(
+            model.to(self.accelerator.device).requires_grad_(False),
+            tokenizer,
+            self.tokenizer,
+            budget=self.args.ppo.micro_batch_tokens,
+            template=template,
+        )
+
+    def _open(self) -> None:
+        """Open the run folder and, where there is one, the newest checkpoint."""
+        args, folder = self.args, self.args.output_dir
+        if self.accelerator.is_main_process:
+            self.run = Run.open(folder, self.config_text, resume=args.resume, keep_checkpoints=args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        from pathlib import Path
+
+        checkpoint = latest_checkpoint(Path(folder)) if args.resume else None
+        if self.run is not None:
+            self.run.truncate_after(-1 if checkpoint is None else checkpoint.step)
+        self._fresh = checkpoint is None
+        if checkpoint is not None:
+            self._load(checkpoint)
+        if args.log_with:
+            self.accelerator.init_trackers("apportion", init_kwargs={})
+        self.callbacks.begin(self.counters["step"])
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        tensors, saved = checkpoint.load()
+        self.state.load(tensors, saved["trees"])
+        self.counters, self.score_scale = saved["counters"], saved["score_scale"]
+
+    def _save(self) -> None:
+        """Write a checkpoint of where the run stands, once."""
+        if self.run is None:
+            return
+        latest = self.run.latest_checkpoint()
+        if latest is not None and latest.step == self.counters["step"]:
+            return
+        tensors, trees = self.state.save()
+        content = {"trees": trees, "counters": self.counters, "score_scale": self.score_scale}
+        self.run.save_checkpoint(self.counters["step"], tensors, content)
+        self.callbacks.saved()
+
+    def _prompts_of(self, step: int) -> Prompts:
+        """This process's share of the prompts of an update."""
+        indices = indices_of(step, self.args.batch_size, self.args.seed, len(self.prompts))
+        share = self.args.batch_size // self.accelerator.num_processes
+        first = share * self.accelerator.process_index
+        return self.prompts.batch(indices[first : first + share], self.accelerator.device)
+
+    def _score(self, prompts: Prompts, responses: Responses) -> Scores:
+        """Score a rollout; where the reward fails nothing is lost, for the models are as the last update left them."""
+        needs = getattr(self.args.credit.redistribution, "needs", frozenset())
+        try:
+            return self.score(prompts, responses, needs)
+        except Exception:
+            self._save()
+            raise
+
+    def _scaled(self, scores: Scores, rollout: Rollout) -> Scores:
+        """Scores in the units that are trained on: of unit deviation if asked, less the price of not having ended."""
+        if self.score_scale is None:
+            deviation = float(self.accelerator.gather(scores.scores).std())  # type: ignore[union-attr]
+            self.score_scale = 1 / deviation if deviation > 0 else 1.0
+        scale, penalty = self.score_scale, self.args.missing_eos_penalty
+        scores = scores.map(lambda x: x * scale)
+        if penalty is None:
+            return scores
+        ended = self._ended(rollout)
+        return Scores(
+            scores=scores.scores - penalty * (~ended).float(),
+            attention=scores.attention,
+            prefix_scores=scores.prefix_scores,
+        )
+
+    def _ended(self, rollout: Rollout) -> Tensor:
+        """(B) bool. Whether each response ends in an end-of-text token."""
+        policy = self.accelerator.unwrap_model(self.policy.module)
+        ends = torch.isin(rollout.response_ids, torch.tensor(policy.eos_ids, device=rollout.response_ids.device))
+        return (ends & rollout.response_mask).any(1)
+
+    def _update(self, rollout: Rollout, credit: Credit, step: int) -> dict[str, float]:
+        """Improve policy and critic; stop the run when too many steps in a row could not be taken."""
+        metrics = update(
+            self.policy,
+            self.critic,
+            rollout,
+            credit,
+            self.args.ppo,
+            sampling=self.args.sampling,
+            accelerator=self.accelerator,
+            generator=generator(self.args.seed, "minibatches", step),
+        )
+        for name, schedule in (("policy", self.state.schedules["policy"]), ("value", self.state.schedules["critic"])):
+            metrics[f"{name}/lr"] = schedule.get_last_lr()[0]
+            schedule.step()
+        skipped = int(metrics["update/skipped_steps"])
+        taken = int(metrics["update/optimizer_steps"])
+        self.counters["skipped_in_a_row"] = 0 if taken else self.counters["skipped_in_a_row"] + skipped
+        if self.counters["skipped_in_a_row"] > self.args.ppo.max_skipped_steps:
+            bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if value - value != 0)
+            raise Diverged(
+                f"{self.counters['skipped_in_a_row']} optimizer steps in a row were not finite ({bad}); lower the "
+                "learning rates and start from the last checkpoint, or from the beginning"
+            )
+        return metrics
+
+    def _record(self, rollout: Rollout, scores: Scores, credit: Credit, metrics: dict[str, float]) -> None:
+        """Count, log, evaluate and save what is due after an update."""
+        measured = batch_metrics(
+            rollout, scores, credit, self._ended(rollout), scale=self.score_scale or 1.0, args=self.args, reduce=self._sum
+        )
+        tokens = int(self._sum(rollout.lengths.sum()))
+        self.counters["step"] += 1
+        self.counters["samples"] += self.args.batch_size
+        self.counters["tokens"] += tokens
+        self.counters["seconds"] += sum(value for name, value in metrics.items() if name.startswith("time/"))
+        step, args = self.counters["step"], self.args
+        due = self.evaluation is not None and (step % max(1, args.eval_steps) == 0 or step == args.num_steps)
+        evaluated = self.evaluation(step) if due and self.evaluation is not None else {}
+        self._log(measured | metrics | evaluated, scores=scores)
+        self.callbacks.step_end(step, self.last)
+        if (args.save_steps and step % args.save_steps == 0) or step == args.num_steps or self.callbacks.save:
+            self._save()
+
+    def _log(self, metrics: dict[str, float], scores: Scores | None) -> None:
+        """Write one line of metrics, to the run folder and to the trackers."""
+        names = ("samples", "tokens", "seconds")
+        self.last = {name: self.counters[name] for name in names} | metrics
+        if self.run is not None:
+            self.run.log(self.counters["step"], self.last)
+            if self.evaluation is not None and scores is None or any(name.startswith("eval/") for name in metrics):
+                self.run.log_samples(self.counters["step"], self.evaluation.samples if self.evaluation else [])
+        if self.args.log_with:
+            self.accelerator.log(self.last, step=self.counters["step"])
+        self.callbacks.logged(self.last)
+
+    def _finish(self) -> None:
+        """Write the last checkpoint and the trained policy."""
+        self._save()
+        if self.run is not None:
+            self.save_model(str(self.run.folder / "model"))
+        if self.args.log_with:
+            self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+        self.callbacks.end()
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(x, "sum")  # type: ignore[return-value]
+
+
+class Stopwatch:
+    """Seconds of each stage of a step; devices are waited for."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        begin = _now()
+        yield
+        self.times[name] = _now() - begin
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while: gradient checkpointing would switch its cache off."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _accelerator(args: PPOArguments) -> Accelerator:
+    """Open the devices that accelerate was launched with; on a machine without any, the CPU."""
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "no",
+        log_with=args.log_with,
+        project_dir=args.output_dir,
+        cpu=not torch.accelerator.is_available(),
+    )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ValueError(
+            f"accelerate was launched with {accelerator.distributed_type.value}; PPOTrainer runs on one process or with "
+            "DDP (torchrun, accelerate launch --multi_gpu)"
+        )
+    return accelerator
+
+
+def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model."""
+    from transformers import AutoTokenizer
+
+    path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
+    if not path:
+        raise ValueError("the model came without a path; give its tokenizer as processing_class")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _critic_model(
+    value_model: str | nn.Module | None,
+    reward_model: str | nn.Module | RewardFunction,
+    reward_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str | PreTrainedModel,
+) -> nn.Module:
+    """Load or copy what the critic starts from."""
+    import copy
+
+    from apportion.models import scorer_from_policy
+    from apportion.score.reward_model import same_vocabulary
+
+    if isinstance(value_model, nn.Module):
+        return value_model
+    if isinstance(value_model, str):
+        return load_scorer(value_model)
+    if isinstance(reward_model, str | nn.Module) and same_vocabulary(reward_tokenizer, tokenizer):
+        return load_scorer(reward_model) if isinstance(reward_model, str) else copy.deepcopy(reward_model)
+    return load_scorer(policy) if isinstance(policy, str) else scorer_from_policy(policy)

@@ -1,0 +1,322 @@
+"""One PPO update: epochs and minibatches over one rollout, blind to how its advantages came about."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, fields, replace
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apportion.batch import Batch, Credit, Rollout, rows
+from apportion.credit.macro_actions import macro_lengths
+from apportion.masked import masked_var
+from apportion.microbatches import by_length, in_groups
+from apportion.rollout import trim
+from apportion.sampling import Sampling
+from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """How the policy and the critic learn from a rollout.
+
+    Attributes:
+        num_ppo_epochs: Passes over each rollout.
+        num_mini_batches: Optimizer steps a pass.
+        micro_batch_tokens: Tokens that a model is given at once, padding included; changes memory, not results.
+        ratio: What is clipped: the ratio of a `token`, of a `macro` action, or its geometric mean (`macro_mean`).
+        cliprange: Largest step of the ratio from 1.
+        cliprange_value: Largest step of a value from its old one; None for no clipping.
+        vf_coef: Weight of the value loss; the critic has an optimizer of its own, so it only acts on the clipping of
+            its gradient.
+        max_grad_norm: Gradients are scaled down to this norm, policy and critic apart.
+        target_kl: The update stops early when the policy has moved this far (mean k3 estimate a token, nats); None for never.
+        max_skipped_steps: A run stops when more steps in a row had a loss or gradient that was not finite.
+
+    Raises:
+        ValueError: If a number is out of range or the ratio unknown.
+    """
+
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 1
+    micro_batch_tokens: int = 16_384
+    ratio: Granularity = "token"
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    vf_coef: float = 1.0
+    max_grad_norm: float = 1.0
+    target_kl: float | None = None
+    max_skipped_steps: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        for name in ("num_ppo_epochs", "num_mini_batches", "micro_batch_tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; choose at least 1")
+        for name in ("cliprange", "cliprange_value", "vf_coef", "max_grad_norm", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; choose a positive number")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; choose at least 0")
+        if self.ratio not in ("token", "macro", "macro_mean"):
+            raise ValueError(f"ratio is {self.ratio!r}; choose 'token', 'macro' or 'macro_mean'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A model that learns, as accelerate has prepared it, with its optimizer."""
+
+    module: nn.Module
+    optimizer: Optimizer
+
+
+def update(
+    policy: Learner,
+    critic: Learner,
+    rollout: Rollout,
+    credit: Credit,
+    config: PPOConfig,
+    *,
+    sampling: Sampling,
+    accelerator: Accelerator,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Improve the policy and the critic on one rollout.
+
+    On its first pass the policy is the one that sampled, so the ratio there is 1 by definition, and it is made so to the
+    bit, in every dtype: the log-probabilities of that pass are the old ones (`policy/sampler_gap` tells how far those
+    gathered while sampling lie from them). With several minibatches the policy moves within the first pass; then they
+    are computed beforehand.
+
+    Args:
+        policy: A `Policy` with its optimizer.
+        critic: A `Critic` with its optimizer.
+        rollout: This process's rows of the batch.
+        credit: Their credit.
+        config: Epochs, minibatches, clipping.
+        sampling: The distribution that was sampled.
+        accelerator: Devices, precision, processes.
+        generator: Draws the minibatches; the same on every process.
+
+    Returns:
+        Metrics of docs/metrics.md under `policy/`, `value/` and `update/`, of the whole batch over all processes.
+
+    A step whose loss or gradient is not finite is not taken, and counted in `update/skipped_steps`.
+    """
+    step = _Step(policy, critic, config, sampling, accelerator)
+    behaviour = rollout.old_logprobs.clone() if config.num_mini_batches == 1 else step.logprobs(rollout)
+    gap = 0.0
+    tally: dict[str, list[float]] = {}
+    for epoch in range(config.num_ppo_epochs):
+        moved = epoch > 0 or config.num_mini_batches > 1
+        for index in _minibatches(len(rollout.response_ids), config.num_mini_batches, accelerator, generator):
+            metrics = step(rollout, credit, index, behaviour, moved=moved)
+            for name, value in metrics.items():
+                tally.setdefault(name, []).append(value)
+            if step.stopped:
+                break
+        if epoch == 0:
+            gap = _largest_gap(behaviour, rollout, accelerator)
+        if step.stopped:
+            break
+    means = {name: sum(values) / len(values) for name, values in tally.items()}
+    means |= {name: max(tally[name]) for name in ("policy/ratio_max",)}
+    counts = {"update/optimizer_steps": float(step.taken), "update/skipped_steps": float(step.skipped)}
+    explained = _explained_variance(rollout, credit, accelerator)
+    return means | counts | {"policy/sampler_gap": gap, "value/explained_variance": explained}
+
+
+class _Step:
+    """Optimizer steps of one update, and what they share."""
+
+    def __init__(
+        self, policy: Learner, critic: Learner, config: PPOConfig, sampling: Sampling, accelerator: Accelerator
+    ) -> None:
+        self.policy, self.critic = policy, critic
+        self.config, self.sampling, self.accelerator = config, sampling, accelerator
+        self.taken = self.skipped = 0
+        self.stopped = False
+
+    def logprobs(self, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """Compute the policy's log-probabilities as its training pass does."""
+        width = rollout.response_ids.shape[1]
+
+        def read(group: Int[Tensor, " N"]) -> tuple[Tensor]:
+            with self.accelerator.autocast(), torch.no_grad():
+                return (self.policy.module(*_text(rows(rollout, group)), self.sampling),)
+
+        return in_groups(read, _lengths(rollout), self.config.micro_batch_tokens, width)[0]
+
+    def __call__(
+        self, rollout: Rollout, credit: Credit, index: Int[Tensor, " N"], behaviour: Float[Tensor, "B T"], *, moved: bool
+    ) -> dict[str, float]:
+        """Take one optimizer step on some rows; fill `behaviour` where the policy has not moved yet."""
+        counts = self._counts(credit, index)
+        groups = [index[group] for group in by_length(_lengths(rollout)[index], self.config.micro_batch_tokens)]
+        sums = torch.zeros(6, device=rollout.response_ids.device)
+        largest = torch.zeros((), device=sums.device)
+        for number, group in enumerate(groups or [torch.zeros(1, dtype=torch.long, device=sums.device)]):
+            with self._syncing(number + 1 >= len(groups)):
+                part, peak = self._backward(rollout, credit, group, behaviour, counts, moved=moved, real=bool(groups))
+            sums, largest = sums + part, torch.maximum(largest, peak)
+        totals = self.accelerator.reduce(sums, "sum")
+        largest = self.accelerator.gather(largest[None]).max()  # type: ignore[union-attr]
+        names = ("policy/loss", "value/loss", "policy/ratio_mean", "policy/clipfrac", "policy/approx_kl", "value/clipfrac")
+        metrics = dict(zip(names, totals.tolist(), strict=True)) | {"policy/ratio_max": float(largest)}
+        return metrics | self._advance(metrics)
+
+    def _counts(self, credit: Credit, index: Int[Tensor, " N"]) -> Float[Tensor, " 2"]:
+        """Count the steps of the policy loss and the tokens of these rows over all processes."""
+        ids = credit.macro_ids[index]
+        tokens = (ids >= 0).sum()
+        steps = tokens if self.config.ratio == "token" else (macro_lengths(ids) > 0).sum()
+        return self.accelerator.reduce(torch.stack([steps, tokens]).float(), "sum").clamp(min=1)  # type: ignore[union-attr]
+
+    def _syncing(self, last: bool) -> AbstractContextManager:
+        """Let processes exchange gradients only with the last micro-batch of a step."""
+        stack = ExitStack()
+        if not last:
+            for learner in (self.policy, self.critic):
+                stack.enter_context(self.accelerator.no_sync(learner.module))
+        return stack
+
+    def _backward(
+        self,
+        rollout: Rollout,
+        credit: Credit,
+        group: Int[Tensor, " N"],
+        behaviour: Float[Tensor, "B T"],
+        counts: Float[Tensor, " 2"],
+        *,
+        moved: bool,
+        real: bool,
+    ) -> tuple[Float[Tensor, " 6"], Float[Tensor, ""]]:
+        """Add the gradients of some rows; rows that are not real only keep processes in step."""
+        batch, part = rows(rollout, group), rows(credit, group)
+        text = _text(batch)
+        width = text[2].shape[1]
+        mask = batch.response_mask[:, :width]
+        part = _narrow(part, width)
+        with self.accelerator.autocast():
+            logprobs = self.policy.module(*text, self.sampling)
+            values = self.critic.module(*text)
+        if not moved:
+            behaviour[group, :width] = logprobs.detach()
+        old, old_values = behaviour[group, :width], batch.values[:, :width]
+        config, ids = self.config, part.macro_ids
+        losses = torch.stack(
+            [
+                policy_loss(
+                    logprobs,
+                    old,
+                    part.advantages,
+                    mask,
+                    cliprange=config.cliprange,
+                    ratio=config.ratio,
+                    macro_ids=ids,
+                    denominator=counts[0],
+                ),
+                value_loss(
+                    values,
+                    old_values,
+                    part.returns,
+                    mask,
+                    cliprange_value=config.cliprange_value,
+                    denominator=counts[1],
+                ),
+            ]
+        ) * float(real)
+        # Processes average their gradients; each loss is already a part of the mean over all of them.
+        total = (losses[0] + config.vf_coef * losses[1]) * self.accelerator.num_processes
+        self.accelerator.backward(total)
+        ratio, steps = importance_ratio(logprobs.detach(), old, mask, granularity=config.ratio, macro_ids=ids)
+        stats = _ratio_sums(ratio, steps, config.cliprange) / counts[0] * float(real)
+        moved_values = (values.detach() - old_values).abs() > (config.cliprange_value or torch.inf)
+        clipped = (moved_values & mask).sum()[None] / counts[1] * float(real)
+        return torch.cat([losses.detach(), stats, clipped]), torch.where(steps, ratio, 0).max() * float(real)
+
+    def _advance(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Step both optimizers, unless the numbers are not finite or the policy has moved far enough."""
+        norms = {
+            f"{name}/grad_norm": float(
+                self.accelerator.clip_grad_norm_(learner.module.parameters(), self.config.max_grad_norm)  # type: ignore[arg-type]
+            )
+            for name, learner in (("policy", self.policy), ("value", self.critic))
+        }
+        finite = all(map(_is_finite, (metrics["policy/loss"], metrics["value/loss"], *norms.values())))
+        far = self.config.target_kl is not None and metrics["policy/approx_kl"] > self.config.target_kl
+        self.stopped = finite and far
+        if finite and not far:
+            self.policy.optimizer.step()
+            self.critic.optimizer.step()
+            self.taken += 1
+        for learner in (self.policy, self.critic):
+            learner.optimizer.zero_grad(set_to_none=True)
+        self.skipped += not finite
+        return norms
+
+
+def _is_finite(x: float) -> bool:
+    return x - x == 0
+
+
+def _text(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and responses without the columns that are padding in every row."""
+    return trim(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
+
+
+def _lengths(rollout: Rollout) -> Int[Tensor, " B"]:
+    """(B) int64. Tokens of prompt and response."""
+    return rollout.prompt_mask.sum(1) + rollout.lengths
+
+
+def _narrow(batch: Batch, width: int) -> Batch:
+    """Cut every tensor of a batch to its first columns."""
+    return replace(batch, **{f.name: getattr(batch, f.name)[:, :width] for f in fields(batch)})
+
+
+def _ratio_sums(
+    ratio: Float[Tensor, "B N"], steps: torch.Tensor, cliprange: float
+) -> Float[Tensor, " 3"]:
+    """Sum the ratio, whether it would be clipped, and the k3 estimate of the divergence, over steps that exist."""
+    kinds = (ratio, ((ratio - 1).abs() > cliprange).float(), ratio - 1 - ratio.log())
+    return torch.stack([torch.where(steps, kind, 0).sum() for kind in kinds])
+
+
+def _minibatches(
+    local_rows: int, parts: int, accelerator: Accelerator, generator: torch.Generator
+) -> Iterator[Int[Tensor, " N"]]:
+    """Deal the rows of the whole batch to minibatches; yield those of this process, so that processes change nothing."""
+    total = local_rows * accelerator.num_processes
+    if parts > total:
+        raise ValueError(f"num_mini_batches is {parts}, more than the {total} responses of a batch; lower it")
+    first = local_rows * accelerator.process_index
+    order = torch.randperm(total, generator=generator).to(accelerator.device) if parts > 1 else None
+    for part in range(parts):
+        if order is None:
+            yield torch.arange(local_rows, device=accelerator.device)
+            return
+        chosen = order[part * total // parts : (part + 1) * total // parts]
+        yield chosen[(chosen >= first) & (chosen < first + local_rows)] - first
+
+
+def _largest_gap(behaviour: Float[Tensor, "B T"], rollout: Rollout, accelerator: Accelerator) -> float:
+    """Largest difference between the log-probabilities of sampling and of training, over all processes."""
+    gap = torch.where(rollout.response_mask, behaviour - rollout.old_logprobs, 0).abs().max()
+    return float(accelerator.gather(gap[None]).max())  # type: ignore[union-attr]
+
+
+def _explained_variance(rollout: Rollout, credit: Credit, accelerator: Accelerator) -> float:
+    """1 - Var(returns - values) / Var(returns) over valid tokens; 0 where returns do not vary."""
+
+    def reduce(x: Tensor) -> Tensor:
+        return accelerator.reduce(x, "sum")  # type: ignore[return-value]
+
+    mask = rollout.response_mask
+    spread = masked_var(credit.returns, mask, reduce=reduce)
+    left = masked_var(credit.returns - rollout.values, mask, reduce=reduce)
+    return float(torch.where(spread > 0, 1 - left / spread.clamp(min=1e-12), 0))
