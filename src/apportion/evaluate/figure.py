@@ -66,6 +66,11 @@ class Panel:
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
     """Draw every recorded step of every run of a comparison into one PNG file."""
+    figure_of(comparison).savefig(path)
+
+
+def figure_of(comparison: Comparison) -> Figure:
+    """Return the picture of a comparison: a panel a question, a line a method, a band over its seeds."""
     panels = _panels(comparison)
     rows = -(-len(panels) // COLUMNS)
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12)
@@ -75,7 +80,7 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
     for index, panel in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, COLUMNS, index), panel, styles)
     figure.suptitle(_caption(comparison), fontsize=11, color="#555555", x=0.01, ha="left")
-    figure.savefig(path)
+    return figure
 
 
 def _panels(comparison: Comparison) -> list[Panel]:
