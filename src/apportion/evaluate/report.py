@@ -185,7 +185,8 @@ def _text(prompt: Any) -> str:
 def _shown(title: str, samples: Iterable[dict[str, Any]]) -> list[str]:
     shown = []
     for sample in samples:
-        words = [f"{name} {number(sample[name])}" for name in ("score", "length", "kl") if name in sample]
+        measured = {name: value for name, value in sample.items() if name != "step" and isinstance(value, int | float)}
+        words = [f"{name} {number(value)}" for name, value in measured.items()]
         shown += [f"**{title}**" + (f" ({', '.join(words)})" if words else ""), _fenced(_text(sample["response"]))]
     return shown
 
