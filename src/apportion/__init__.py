@@ -9,28 +9,37 @@ Five lines put it into any trainer that takes an advantage and a return for each
     loss = loss + value_loss(values, rollout.values, credit.returns, rollout.response_mask, cliprange_value=0.2)
 """
 
-from apportion.batch import Credit, Rollout, Scores
-from apportion.credit.advantages import GAE, gae
-from apportion.credit.assign import CreditConfig, assign_credit
-from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
-from apportion.credit.redistribution import (
-    Attention,
-    PrefixDifference,
-    Redistribution,
-    Shuffled,
-    Terminal,
-    Uniform,
-)
-from apportion.credit.rewards import token_level_rewards
-from apportion.credit.termination import (
-    EveryToken,
-    FixedNgram,
-    Perplexity,
-    RandomizedNgram,
-    TerminationCondition,
-    WholeResponse,
-)
-from apportion.update.losses import importance_ratio, policy_loss, value_loss
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apportion.batch import Credit, Rollout, Scores
+    from apportion.credit.advantages import GAE, gae
+    from apportion.credit.assign import CreditConfig, assign_credit
+    from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
+    from apportion.credit.redistribution import (
+        Attention,
+        PrefixDifference,
+        Redistribution,
+        Shuffled,
+        Terminal,
+        Uniform,
+    )
+    from apportion.credit.rewards import token_level_rewards
+    from apportion.credit.termination import (
+        EveryToken,
+        FixedNgram,
+        Perplexity,
+        RandomizedNgram,
+        TerminationCondition,
+        WholeResponse,
+    )
+    from apportion.masked import masked_mean, masked_var, masked_whiten
+    from apportion.sampling import Sampling
+    from apportion.train.arguments import PPOArguments
+    from apportion.train.ppo import PPOTrainer
+    from apportion.update.losses import importance_ratio, policy_loss, value_loss
+    from apportion.update.ppo import PPOConfig
 
 __all__ = [
     "GAE",
@@ -39,11 +48,15 @@ __all__ = [
     "CreditConfig",
     "EveryToken",
     "FixedNgram",
+    "PPOArguments",
+    "PPOConfig",
+    "PPOTrainer",
     "Perplexity",
     "PrefixDifference",
     "RandomizedNgram",
     "Redistribution",
     "Rollout",
+    "Sampling",
     "Scores",
     "Shuffled",
     "Terminal",
@@ -55,6 +68,9 @@ __all__ = [
     "importance_ratio",
     "macro_ids",
     "macro_lengths",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
     "policy_loss",
     "pooling_weights",
     "sum_over_actions",
@@ -62,3 +78,34 @@ __all__ = [
     "token_level_rewards",
     "value_loss",
 ]
+
+# From light to heavy: a name is imported from the first that has it.
+_HOMES = (
+    "masked",
+    "batch",
+    "credit.macro_actions",
+    "credit.advantages",
+    "credit.redistribution",
+    "credit.rewards",
+    "credit.termination",
+    "credit.assign",
+    "update.losses",
+    "sampling",
+    "update.ppo",
+    "train.arguments",
+    "train.ppo",
+)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for, so that `apportion --help` need not wait for torch."""
+    for home in _HOMES if name in __all__ else ():
+        module = import_module(f"apportion.{home}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'apportion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

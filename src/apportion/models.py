@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,9 +80,10 @@ def scorer_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model inside of adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner: Any = model
+    return inner.get_base_model() if hasattr(model, "get_base_model") else inner
 
 
 def score_head(model: nn.Module) -> nn.Linear:
@@ -149,8 +151,8 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "B T"]:
         """Compute the log-probability of each response token under the distribution that is sampled.
 
-        No (B, T, V) tensor is formed: the head runs over chunks of tokens, which are computed again in the backward pass
-        where there are several.
+        No (B, T, V) tensor is formed: the head runs over chunks of tokens, which are computed again in the backward
+        pass where there are several.
 
         Args:
             prompt_ids: (B, P) int64. Left-padded.
@@ -218,7 +220,8 @@ class Critic(nn.Module):
 
 def adapters_off(model: nn.Module) -> AbstractContextManager:
     """Switch low-rank adapters off for a while, which turns the policy into its own reference."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    inner: Any = model
+    return inner.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -232,9 +235,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def _by_chunks(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int
-) -> Float[Tensor, " N"]:
+def _by_chunks(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int) -> Float[Tensor, " N"]:
     """Apply a function to chunks of rows; with several, activations are recomputed in the backward pass."""
     if len(tensors[0]) <= size:
         return function(*tensors)
@@ -244,7 +245,7 @@ def _by_chunks(
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _projection(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _projection(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Find what turns a model's last hidden states into its logits, and make sure on two tokens that it does.
 
     Raises:

@@ -36,9 +36,13 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; a response has at least 1 token")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(f"min_new_tokens is {self.min_new_tokens}; choose 0 to max_new_tokens ({self.max_new_tokens})")
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}; choose 0 to {self.max_new_tokens}, max_new_tokens"
+            )
         if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; choose a positive number (1 samples from the model itself)")
+            raise ValueError(
+                f"temperature is {self.temperature}; choose a positive number (1 for the model itself)"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; choose a positive number, or 0 for all tokens")
         if not 0 < self.top_p <= 1:

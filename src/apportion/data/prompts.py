@@ -91,8 +91,8 @@ def encode_prompts(
     if dropped and (strict or not fits):
         row = next(row for row, tokens in enumerate(ids) if len(tokens) > max_prompt_length)
         raise ValueError(
-            f"{dropped} of {len(ids)} prompts are longer than max_prompt_length ({max_prompt_length}), the first is row "
-            f"{row} with {len(ids[row])} tokens; raise the limit, or shorten them"
+            f"{dropped} of {len(ids)} prompts are longer than max_prompt_length ({max_prompt_length}), first "
+            f"row {row} with {len(ids[row])} tokens; raise the limit, or shorten them"
         )
     names = [name for name in dataset.column_names if name not in ("prompt", "completion", "completions", "prompts")]
     return PromptSet(

@@ -1,6 +1,6 @@
 """The score of each response, and what a redistribution asks the reward model for besides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from apportion.batch import Prompts, Scores
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
 from apportion.rollout import Responses, trim
+from apportion.score.alignment import Template, align, concatenation
 from apportion.score.attention import capture_row
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -84,7 +85,7 @@ class RewardModel:
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         budget: int = 16_384,
-        template: Any = None,
+        template: Template | None = None,
         layer: int | None = None,
     ) -> None:
         head = score_head(model)
@@ -145,7 +146,7 @@ class RewardModel:
             (B) int64. Column.
         """
         columns = torch.arange(ids.shape[1], device=ids.device)
-        pad = unwrapped(self.model).config.get_text_config().pad_token_id  # type: ignore[union-attr]
+        pad = unwrapped(self.model).config.get_text_config().pad_token_id
         return torch.where(mask & (ids != (-1 if pad is None else pad)), columns, 0).amax(1)
 
     def _read_tokens(
@@ -170,7 +171,24 @@ class RewardModel:
         self, prompts: Prompts, responses: Responses, needs: frozenset[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Read the text in the reward model's own tokens, and carry its answers over to the policy's."""
-        raise NotImplementedError
+        texts = align(
+            policy_tokenizer=self.policy_tokenizer,
+            reward_tokenizer=self.tokenizer,
+            prompt_ids=prompts.prompt_ids,
+            prompt_mask=prompts.prompt_mask,
+            response_ids=responses.response_ids,
+            response_mask=responses.response_mask,
+            template=self.template or concatenation,
+            prompts=prompts.texts if self.template else None,
+        )
+
+        def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
+            width = int(texts.attention_mask[group].sum(1).max())
+            return self.read(texts.input_ids[group, :width], texts.attention_mask[group, :width], needs)
+
+        lengths = texts.attention_mask.sum(1)
+        scores, attention, everywhere = in_groups(read, lengths, self.budget, texts.input_ids.shape[1])
+        return scores, texts.to_policy(attention), texts.prefix_scores(everywhere)
 
 
 def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -181,7 +199,7 @@ def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 def decode(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
     """Decode responses to text, without special tokens."""
     rows = zip(responses.response_ids.tolist(), responses.response_mask.sum(1).tolist(), strict=True)
-    return [tokenizer.decode(ids[:length], skip_special_tokens=True) for ids, length in rows]
+    return [str(tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
 
 
 def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:

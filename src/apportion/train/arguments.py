@@ -94,7 +94,9 @@ class PPOArguments:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; choose a number in [0, 1)")
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}; give one of them")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}; give one of them"
+            )
 
     @property
     def warmup(self) -> int:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
+from apportion.batch import Prompts
 from apportion.data.prompts import PromptSet
 from apportion.score.reward_model import FunctionReward, decode
 from apportion.streams import generator
@@ -32,11 +34,8 @@ class Evaluation:
         self.prompts, self.trainer, self.rewards = prompts, trainer, rewards
         self.samples: list[dict[str, Any]] = []
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self) -> dict[str, float]:
         """Evaluate the policy as it stands.
-
-        Args:
-            step: Updates done; it is written beside the samples.
 
         Returns:
             Metrics under `eval/`, means over all held-out prompts.
@@ -71,15 +70,29 @@ class Evaluation:
             "kl_sequence": rollout.kl.sum(1),
             "length": rollout.lengths.float(),
         }
-        columns |= {name(reward): reward(prompts, responses).scores for reward in self.rewards}
-        texts = decode(trainer.tokenizer, responses)
-        return [
-            {"index": index, "prompt": prompt, "response": text}
-            | {key: float(values[row]) for key, values in columns.items()}
-            for row, (index, prompt, text) in enumerate(zip(indices, prompts.texts, texts, strict=True))
-        ]
+        columns |= {name_of(reward): reward(prompts, responses).scores for reward in self.rewards}
+        rows = measured_rows(prompts, decode(trainer.tokenizer, responses), columns)
+        return [{"index": index} | row for index, row in zip(indices, rows, strict=True)]
 
 
-def name(reward: FunctionReward) -> str:
+def measured_rows(prompts: Prompts, texts: list[str], columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Put each response beside its prompt and what was measured of it.
+
+    Args:
+        prompts: B prompts.
+        texts: Their responses.
+        columns: Measurements by name, (B) each.
+
+    Returns:
+        B records with `prompt`, `response` and the measurements.
+    """
+    numbers = {name: values.tolist() for name, values in columns.items()}
+    return [
+        {"prompt": prompt, "response": text} | {name: values[row] for name, values in numbers.items()}
+        for row, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True))
+    ]
+
+
+def name_of(reward: FunctionReward) -> str:
     """Name a reward in the metrics as its author does."""
     return getattr(reward.function, "__name__", type(reward.function).__name__)

@@ -69,7 +69,7 @@ def cast_roles(
     for learner in (model, value_model):
         learner.train(args.gradient_checkpointing)  # dropout is off; transformers checkpoints only in training mode
         if args.gradient_checkpointing:
-            unwrapped(learner).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            unwrapped(learner).gradient_checkpointing_enable({"use_reentrant": False})
     reference = policy if ref_model is None else Policy(ref_model.eval().requires_grad_(False), eos_ids)
     switch = partial(adapters_off, model) if ref_model is None else torch.no_grad
     return Roles(policy=policy, critic=critic, reference=reference, as_reference=switch)
@@ -86,9 +86,11 @@ def _check_vocabulary(name: str, other: nn.Module | None, policy: nn.Module) -> 
     """Refuse a model that does not know the policy's tokens."""
     if other is None:
         return
-    theirs, ours = (unwrapped(m).config.get_text_config().vocab_size for m in (other, policy))  # type: ignore[union-attr]
+    theirs, ours = (unwrapped(m).config.get_text_config().vocab_size for m in (other, policy))
     if theirs != ours:
-        raise ValueError(f"the {name} has a vocabulary of {theirs} tokens, the policy of {ours}; use models that share one")
+        raise ValueError(
+            f"the {name} has a vocabulary of {theirs} tokens, the policy of {ours}; use models that share one"
+        )
 
 
 def make_learner(module: nn.Module, learning_rate: float, args: PPOArguments, accelerator: Accelerator) -> Learner:

@@ -1,22 +1,24 @@
 """PPO with credit assignment: the loop, one line a stage."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
-from apportion.models import load_policy, load_scorer, unwrapped
+from apportion.models import load_policy, load_scorer, scorer_from_policy, unwrapped
 from apportion.rollout import Responses, complete, sample
-from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel
+from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.callbacks import Callbacks
@@ -25,7 +27,7 @@ from apportion.train.learner import TrainingState, cast_roles, make_learner, mak
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import progress
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
-from apportion.update.ppo import update
+from apportion.update.ppo import gathered, summed, update
 
 
 class Diverged(RuntimeError):
@@ -125,7 +127,7 @@ class PPOTrainer:
         self._open()
         args = self.args
         if self.counters["step"] == 0 and self.evaluation is not None and self._fresh:
-            self._log(self.evaluation(0), scores=None)
+            self._log(self.evaluation())
         with progress(args.num_steps, self.counters["step"], self.accelerator.is_main_process) as show:
             for step in range(self.counters["step"], args.num_steps):
                 if self.callbacks.stop:
@@ -145,7 +147,9 @@ class PPOTrainer:
                 show(metrics=self.last)
         self._finish()
 
-    def respond(self, prompts: Prompts, numbers: torch.Generator, *, first: int = 0, total: int | None = None) -> Responses:
+    def respond(
+        self, prompts: Prompts, numbers: torch.Generator, *, first: int = 0, total: int | None = None
+    ) -> Responses:
         """Sample a response to each prompt of this process.
 
         Args:
@@ -212,8 +216,6 @@ class PPOTrainer:
         if self.accelerator.is_main_process:
             self.run = Run.open(folder, self.config_text, resume=args.resume, keep_checkpoints=args.save_total_limit)
         self.accelerator.wait_for_everyone()
-        from pathlib import Path
-
         checkpoint = latest_checkpoint(Path(folder)) if args.resume else None
         if self.run is not None:
             self.run.truncate_after(-1 if checkpoint is None else checkpoint.step)
@@ -261,7 +263,7 @@ class PPOTrainer:
     def _scaled(self, scores: Scores, rollout: Rollout) -> Scores:
         """Scores in the units that are trained on: of unit deviation if asked, less the price of not having ended."""
         if self.score_scale is None:
-            deviation = float(self.accelerator.gather(scores.scores).std())  # type: ignore[union-attr]
+            deviation = float(gathered(self.accelerator, scores.scores).std())
             self.score_scale = 1 / deviation if deviation > 0 else 1.0
         scale, penalty = self.score_scale, self.args.missing_eos_penalty
         scores = scores.map(lambda x: x * scale)
@@ -293,7 +295,7 @@ class PPOTrainer:
             generator=generator(self.args.seed, "minibatches", step),
         )
         for name, schedule in (("policy", self.state.schedules["policy"]), ("value", self.state.schedules["critic"])):
-            metrics[f"{name}/lr"] = schedule.get_last_lr()[0]
+            metrics[f"{name}/lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
         skipped = int(metrics["update/skipped_steps"])
         taken = int(metrics["update/optimizer_steps"])
@@ -308,9 +310,8 @@ class PPOTrainer:
 
     def _record(self, rollout: Rollout, scores: Scores, credit: Credit, metrics: dict[str, float]) -> None:
         """Count, log, evaluate and save what is due after an update."""
-        measured = batch_metrics(
-            rollout, scores, credit, self._ended(rollout), scale=self.score_scale or 1.0, args=self.args, reduce=self._sum
-        )
+        scale, ended = self.score_scale or 1.0, self._ended(rollout)
+        measured = batch_metrics(rollout, scores, credit, ended, scale=scale, args=self.args, reduce=self._sum)
         tokens = int(self._sum(rollout.lengths.sum()))
         self.counters["step"] += 1
         self.counters["samples"] += self.args.batch_size
@@ -318,20 +319,20 @@ class PPOTrainer:
         self.counters["seconds"] += sum(value for name, value in metrics.items() if name.startswith("time/"))
         step, args = self.counters["step"], self.args
         due = self.evaluation is not None and (step % max(1, args.eval_steps) == 0 or step == args.num_steps)
-        evaluated = self.evaluation(step) if due and self.evaluation is not None else {}
-        self._log(measured | metrics | evaluated, scores=scores)
+        evaluated = self.evaluation() if due and self.evaluation is not None else {}
+        self._log(measured | metrics | evaluated)
         self.callbacks.step_end(step, self.last)
         if (args.save_steps and step % args.save_steps == 0) or step == args.num_steps or self.callbacks.save:
             self._save()
 
-    def _log(self, metrics: dict[str, float], scores: Scores | None) -> None:
+    def _log(self, metrics: dict[str, float]) -> None:
         """Write one line of metrics, to the run folder and to the trackers."""
         names = ("samples", "tokens", "seconds")
         self.last = {name: self.counters[name] for name in names} | metrics
         if self.run is not None:
             self.run.log(self.counters["step"], self.last)
-            if self.evaluation is not None and scores is None or any(name.startswith("eval/") for name in metrics):
-                self.run.log_samples(self.counters["step"], self.evaluation.samples if self.evaluation else [])
+            if self.evaluation is not None and "eval/score" in metrics:
+                self.run.log_samples(self.counters["step"], self.evaluation.samples)
         if self.args.log_with:
             self.accelerator.log(self.last, step=self.counters["step"])
         self.callbacks.logged(self.last)
@@ -348,7 +349,7 @@ class PPOTrainer:
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over processes."""
-        return self.accelerator.reduce(x, "sum")  # type: ignore[return-value]
+        return summed(self.accelerator, x)
 
 
 class Stopwatch:
@@ -393,16 +394,14 @@ def _accelerator(args: PPOArguments) -> Accelerator:
     )
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise ValueError(
-            f"accelerate was launched with {accelerator.distributed_type.value}; PPOTrainer runs on one process or with "
-            "DDP (torchrun, accelerate launch --multi_gpu)"
+            f"accelerate was launched with {accelerator.distributed_type.value}; PPOTrainer runs on one process or "
+            "with DDP (torchrun, accelerate launch --multi_gpu)"
         )
     return accelerator
 
 
 def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
-    from transformers import AutoTokenizer
-
     path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
     if not path:
         raise ValueError("the model came without a path; give its tokenizer as processing_class")
@@ -417,11 +416,6 @@ def _critic_model(
     policy: str | PreTrainedModel,
 ) -> nn.Module:
     """Load or copy what the critic starts from."""
-    import copy
-
-    from apportion.models import scorer_from_policy
-    from apportion.score.reward_model import same_vocabulary
-
     if isinstance(value_model, nn.Module):
         return value_model
     if isinstance(value_model, str):

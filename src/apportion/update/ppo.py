@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +35,8 @@ class PPOConfig:
         vf_coef: Weight of the value loss; the critic has an optimizer of its own, so it only acts on the clipping of
             its gradient.
         max_grad_norm: Gradients are scaled down to this norm, policy and critic apart.
-        target_kl: The update stops early when the policy has moved this far (mean k3 estimate a token, nats); None for never.
+        target_kl: The update stops early when the policy has moved this far (mean k3 estimate a token, nats); None for
+            never.
         max_skipped_steps: A run stops when more steps in a row had a loss or gradient that was not finite.
 
     Raises:
@@ -74,6 +77,18 @@ class Learner:
     optimizer: Optimizer
 
 
+def summed(accelerator: Accelerator, x: Tensor) -> Tensor:
+    """Sum a tensor over processes."""
+    total: Any = accelerator.reduce(x, "sum")
+    return total
+
+
+def gathered(accelerator: Accelerator, x: Tensor) -> Tensor:
+    """Join the rows that processes hold."""
+    everyone: Any = accelerator.gather(x)
+    return everyone
+
+
 def update(
     policy: Learner,
     critic: Learner,
@@ -87,10 +102,10 @@ def update(
 ) -> dict[str, float]:
     """Improve the policy and the critic on one rollout.
 
-    On its first pass the policy is the one that sampled, so the ratio there is 1 by definition, and it is made so to the
-    bit, in every dtype: the log-probabilities of that pass are the old ones (`policy/sampler_gap` tells how far those
-    gathered while sampling lie from them). With several minibatches the policy moves within the first pass; then they
-    are computed beforehand.
+    On its first pass the policy is the one that sampled, so the ratio there is 1 by definition, and it is made so to
+    the bit, in every dtype: the log-probabilities of that pass are the old ones (`policy/sampler_gap` tells how far
+    those gathered while sampling lie from them). With several minibatches the policy moves within the first pass; then
+    they are computed beforehand.
 
     Args:
         policy: A `Policy` with its optimizer.
@@ -152,7 +167,13 @@ class _Step:
         return in_groups(read, _lengths(rollout), self.config.micro_batch_tokens, width)[0]
 
     def __call__(
-        self, rollout: Rollout, credit: Credit, index: Int[Tensor, " N"], behaviour: Float[Tensor, "B T"], *, moved: bool
+        self,
+        rollout: Rollout,
+        credit: Credit,
+        index: Int[Tensor, " N"],
+        behaviour: Float[Tensor, "B T"],
+        *,
+        moved: bool,
     ) -> dict[str, float]:
         """Take one optimizer step on some rows; fill `behaviour` where the policy has not moved yet."""
         counts = self._counts(credit, index)
@@ -163,9 +184,15 @@ class _Step:
             with self._syncing(number + 1 >= len(groups)):
                 part, peak = self._backward(rollout, credit, group, behaviour, counts, moved=moved, real=bool(groups))
             sums, largest = sums + part, torch.maximum(largest, peak)
-        totals = self.accelerator.reduce(sums, "sum")
-        largest = self.accelerator.gather(largest[None]).max()  # type: ignore[union-attr]
-        names = ("policy/loss", "value/loss", "policy/ratio_mean", "policy/clipfrac", "policy/approx_kl", "value/clipfrac")
+        totals, largest = summed(self.accelerator, sums), gathered(self.accelerator, largest[None]).max()
+        names = (
+            "policy/loss",
+            "value/loss",
+            "policy/ratio_mean",
+            "policy/clipfrac",
+            "policy/approx_kl",
+            "value/clipfrac",
+        )
         metrics = dict(zip(names, totals.tolist(), strict=True)) | {"policy/ratio_max": float(largest)}
         return metrics | self._advance(metrics)
 
@@ -174,7 +201,7 @@ class _Step:
         ids = credit.macro_ids[index]
         tokens = (ids >= 0).sum()
         steps = tokens if self.config.ratio == "token" else (macro_lengths(ids) > 0).sum()
-        return self.accelerator.reduce(torch.stack([steps, tokens]).float(), "sum").clamp(min=1)  # type: ignore[union-attr]
+        return summed(self.accelerator, torch.stack([steps, tokens]).float()).clamp(min=1)
 
     def _syncing(self, last: bool) -> AbstractContextManager:
         """Let processes exchange gradients only with the last micro-batch of a step."""
@@ -279,9 +306,7 @@ def _narrow(batch: Batch, width: int) -> Batch:
     return replace(batch, **{f.name: getattr(batch, f.name)[:, :width] for f in fields(batch)})
 
 
-def _ratio_sums(
-    ratio: Float[Tensor, "B N"], steps: torch.Tensor, cliprange: float
-) -> Float[Tensor, " 3"]:
+def _ratio_sums(ratio: Float[Tensor, "B N"], steps: torch.Tensor, cliprange: float) -> Float[Tensor, " 3"]:
     """Sum the ratio, whether it would be clipped, and the k3 estimate of the divergence, over steps that exist."""
     kinds = (ratio, ((ratio - 1).abs() > cliprange).float(), ratio - 1 - ratio.log())
     return torch.stack([torch.where(steps, kind, 0).sum() for kind in kinds])
@@ -290,7 +315,7 @@ def _ratio_sums(
 def _minibatches(
     local_rows: int, parts: int, accelerator: Accelerator, generator: torch.Generator
 ) -> Iterator[Int[Tensor, " N"]]:
-    """Deal the rows of the whole batch to minibatches; yield those of this process, so that processes change nothing."""
+    """Deal the rows of the whole batch to minibatches, whatever the processes; yield those of this one."""
     total = local_rows * accelerator.num_processes
     if parts > total:
         raise ValueError(f"num_mini_batches is {parts}, more than the {total} responses of a batch; lower it")
@@ -307,16 +332,13 @@ def _minibatches(
 def _largest_gap(behaviour: Float[Tensor, "B T"], rollout: Rollout, accelerator: Accelerator) -> float:
     """Largest difference between the log-probabilities of sampling and of training, over all processes."""
     gap = torch.where(rollout.response_mask, behaviour - rollout.old_logprobs, 0).abs().max()
-    return float(accelerator.gather(gap[None]).max())  # type: ignore[union-attr]
+    return float(gathered(accelerator, gap[None]).max())
 
 
 def _explained_variance(rollout: Rollout, credit: Credit, accelerator: Accelerator) -> float:
     """1 - Var(returns - values) / Var(returns) over valid tokens; 0 where returns do not vary."""
 
-    def reduce(x: Tensor) -> Tensor:
-        return accelerator.reduce(x, "sum")  # type: ignore[return-value]
-
-    mask = rollout.response_mask
+    reduce, mask = partial(summed, accelerator), rollout.response_mask
     spread = masked_var(credit.returns, mask, reduce=reduce)
     left = masked_var(credit.returns - rollout.values, mask, reduce=reduce)
     return float(torch.where(spread > 0, 1 - left / spread.clamp(min=1e-12), 0))
