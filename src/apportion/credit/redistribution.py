@@ -77,6 +77,8 @@ class Redistribution(ABC):
     def _check(self, rollout: Rollout, scores: Scores) -> None:
         """Refuse scores without what this redistribution reads."""
         rows, tokens = rollout.response_mask.shape
+        if len(scores.scores) != rows:
+            raise ValueError(f"scores has {len(scores.scores)} entries; there are {rows} responses, score each")
         wanted = {"attention": (rows, tokens), "prefix_scores": (rows, tokens + 1)}
         for name in sorted(self.needs):
             tensor = getattr(scores, name)
@@ -106,6 +108,14 @@ def _discount_to_end(mask: Bool[Tensor, "B T"], gamma: float, steps: Int[Tensor,
     steps = torch.where(mask, ranks(mask) if steps is None else steps, 0)
     ahead = torch.where(mask, torch.where(is_last(mask), steps, 0).sum(1, keepdim=True) - steps, 0)
     return torch.pow(gamma, ahead.float())
+
+
+def _steps_to_next(mask: Bool[Tensor, "B T"], steps: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Count the steps of discounting from each valid token to the next valid one, over holes; 0 from the last."""
+    never = torch.iinfo(steps.dtype).max
+    later = torch.where(mask, steps, never).flip(1).cummin(1).values.flip(1)
+    following = torch.nn.functional.pad(later, (0, 1), value=never)[:, 1:]
+    return torch.where(mask & ~is_last(mask), following - steps, 0)
 
 
 def _check_beta(beta: float) -> None:
@@ -163,7 +173,8 @@ class Attention(Redistribution):
 
         share_t = R * a_t / sum_i a_i
 
-    A row without attention on its response keeps its score on the last token; `attention_fallbacks` counts such rows.
+    A row without attention on its response, or with NaN among it, keeps its score on the last token;
+    `attention_fallbacks` counts such rows.
 
     Attributes:
         beta: The part of the score that is spread, in [0, 1].
@@ -198,11 +209,11 @@ class Attention(Redistribution):
         attention = torch.where(mask, scores.attention.float(), 0)
         mass = attention.sum(1, keepdim=True)
         alpha = torch.where(mass > 0, attention / torch.where(mass > 0, mass, 1), is_last(mask).float())
-        return scores.scores.float()[:, None] * alpha
+        return torch.where(mask, scores.scores.float()[:, None] * alpha, 0)
 
 
 def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
-    """Count the responses on which the reward model's attention is zero, so that `Attention` falls back to `Terminal`.
+    """Count the responses on which the reward model's attention is zero or NaN: there `Attention` acts as `Terminal`.
 
     Args:
         rollout: The responses.
@@ -214,7 +225,8 @@ def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
     mask = rollout.response_mask
     if scores.attention is None:
         return mask.new_zeros((), dtype=torch.long)
-    return (mask.any(1) & (torch.where(mask, scores.attention.float(), 0).sum(1) <= 0)).sum()
+    mass = torch.where(mask, scores.attention.float(), 0).sum(1)
+    return (mask.any(1) & ~(mass > 0)).sum()
 
 
 @dataclass(frozen=True)
@@ -226,7 +238,8 @@ class PrefixDifference(Redistribution):
         token_level_scores_t = beta * (gamma * p_t - p_{t-1}) + (1 - beta) * R * [t = n],   with p_n = R not discounted
 
     so a row sums to R - beta * p_0 (with gamma < 1: its discounted sum is gamma^(n-1) * R - beta * p_0), and p_0 is a
-    constant of the prompt. The factor gamma stands only where t and t + 1 are different steps of discounting.
+    constant of the prompt. The factor gamma stands only where a token and the next valid one are different steps of
+    discounting.
 
     Attributes:
         beta: The part of the score that is spread, in [0, 1].
@@ -269,9 +282,7 @@ class PrefixDifference(Redistribution):
         mask = rollout.response_mask
         before, after = self._around(rollout, scores)
         if gamma != 1.0:
-            steps = ranks(mask) if steps is None else steps
-            following = torch.cat([steps[:, 1:], steps[:, -1:]], 1)
-            after = after * torch.pow(gamma, torch.where(is_last(mask), 0, (following - steps).clamp(min=0)).float())
+            after = after * torch.pow(gamma, _steps_to_next(mask, ranks(mask) if steps is None else steps).float())
         spread = torch.where(mask, after - before, 0)
         return self.beta * spread + (1 - self.beta) * at_end(scores.scores, mask)
 
@@ -318,8 +329,7 @@ class Shuffled(Redistribution):
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Permute the inner shares over the valid tokens."""
         mask = rollout.response_mask
-        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, ranks(mask).clamp(min=0))
-        shuffled = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1)
-        in_order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-        inner = self.inner.shares(rollout, scores)
-        return torch.zeros_like(inner).scatter(1, in_order, inner.gather(1, shuffled))
+        place = ranks(mask).clamp(min=0)
+        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
+        source = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1).gather(1, place)
+        return torch.where(mask, self.inner.shares(rollout, scores).gather(1, source), 0)
