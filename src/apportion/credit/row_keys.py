@@ -44,9 +44,10 @@ def row_keys(rollout: Rollout, count: int, seed: int) -> Int[Tensor, "B count"]:
     Returns:
         (B, count) int64. Sorting random keys gives a random permutation.
     """
-    state = rollout.response_ids.new_full((len(rollout.response_ids),), _signed(seed * _GOLDEN + _FIRST))
+    start = _signed(seed * _GOLDEN + _FIRST)
+    state = rollout.response_ids.new_full((len(rollout.response_ids),), start, dtype=torch.long)
     for ids, mask in (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask):
-        tokens = _mix(_mix(ids + _GOLDEN) + ranks(mask))
+        tokens = _mix(_mix(ids.long() + _GOLDEN) + ranks(mask))
         state = _mix(state + torch.where(mask, tokens, 0).sum(1))
     steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN
     return _mix(state[:, None] + steps)

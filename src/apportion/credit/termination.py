@@ -6,7 +6,6 @@ last valid token of a row always closes. Any callable of that form will do; thos
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Literal
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 from apportion.batch import Rollout
 from apportion.credit.row_keys import row_keys
 from apportion.masked import compact, is_last, ranks
-
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -118,11 +115,12 @@ class RandomizedNgram(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the ends of the shuffled lengths, and the last valid token."""
         mask = rollout.response_mask
-        deck = list(chain.from_iterable(repeat(self.lengths, self.repeats)))
-        order = row_keys(rollout, len(deck), self.seed).argsort(1)
-        ends = torch.tensor(deck, device=mask.device)[order].cumsum(1)
-        is_end = torch.zeros(len(mask), sum(deck) + 2, dtype=torch.bool, device=mask.device).scatter(1, ends, True)
-        return mask & is_end.gather(1, (ranks(mask) + 1).clamp(0, sum(deck) + 1)) | is_last(mask)
+        # Filled on the device: to copy a list there would wait for it.
+        deck = torch.cat([mask.new_full((self.repeats,), length, dtype=torch.long) for length in self.lengths])
+        total = sum(self.lengths) * self.repeats
+        ends = deck[row_keys(rollout, len(deck), self.seed).argsort(1)].cumsum(1)
+        is_end = mask.new_zeros(len(mask), total + 2).scatter(1, ends, True)
+        return mask & is_end.gather(1, (ranks(mask) + 1).clamp(0, total + 1)) | is_last(mask)
 
 
 @dataclass(frozen=True)
@@ -176,32 +174,29 @@ def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Te
 def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
     """Mark where actions begin when each ends before the token that exceeds its mean.
 
-    Where an action ends depends only on where it begins, so the end is found for every possible beginning, and those
-    that are reached from token 0 are marked by doubling jumps.
+    Blocks of 1, 2, 4, ... tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the
+    right block stay, but for those up to the first that exceeds the mean of the action which the left block leaves
+    open. That is exact: inside an action of the right block the mean only falls from the first token on, and if that
+    token did not exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it.
+
+    Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. Time is the first
+    axis here, which keeps blocks of one token as quick as long ones.
     """
-    jump = torch.nn.functional.pad(_first_above_mean(surprise, count), (0, 1), value=surprise.shape[1])
-    reached = torch.zeros_like(jump)
-    reached[:, :1] = 1
-    for _ in range(max(surprise.shape[1], 1).bit_length()):
-        reached = reached.scatter_reduce(1, jump, reached, "amax")
-        jump = jump.gather(1, jump)
-    return reached[:, :-1].bool()
-
-
-def _first_above_mean(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "B T"]:
-    """For an action that begins at i, find the first later token above the action's mean so far; T where none is.
-
-    Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. The pairs (i, t) are
-    formed for a block of beginnings at a time.
-    """
-    width = surprise.shape[1]
-    exact = surprise.double()
-    before = exact.cumsum(1) - exact
-    columns = torch.arange(width, device=surprise.device)
-    found = []
-    for first in range(0, width, _BLOCK):
-        begin = columns[first : first + _BLOCK, None]
-        total = before[:, None, :] - before[:, first : first + _BLOCK, None]
-        above = (exact[:, None, :] * (columns - begin) > total) & (columns > begin) & (columns < count[:, :, None])
-        found.append(torch.where(above.any(2), above.int().argmax(2), width))
-    return torch.cat(found, 1) if found else torch.zeros_like(surprise, dtype=torch.long)
+    rows, width = surprise.shape
+    length = 1 << max(width - 1, 0).bit_length()
+    exact = torch.nn.functional.pad(surprise.double(), (0, length - width)).T.contiguous()
+    before = exact.cumsum(0) - exact
+    columns = torch.arange(length, dtype=torch.double, device=surprise.device)[:, None]
+    line = exact * columns - before  # s_t (t - i) > P_t - P_i, with the terms of t alone on one side
+    begins = (length - columns).repeat(1, rows)  # counted from the end, so that the first is the largest; 0 is none
+    opened, span = columns.repeat(1, rows), 1  # the last beginning in each block
+    while span < length:
+        pairs = (length // span // 2, 2, span, rows)
+        left, own = opened.view(pairs[0], 2, rows).unbind(1)
+        right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
+        rises = height + before.gather(0, left.long())[:, None] > slope * left[:, None]
+        first = (right * rises).amax(1)
+        right *= right <= first[:, None]
+        opened = torch.where(first > 0, own, left)
+        span *= 2
+    return (begins[:width].T > 0) & (torch.arange(width, device=surprise.device) < count)
