@@ -93,7 +93,7 @@ class Scores:
             response token (entry t + 1 for token t).
 
     Raises:
-        ValueError: If the row counts differ.
+        ValueError: If the row counts differ, or `scores` has more axes than one.
     """
 
     scores: Float[Tensor, " B"]
@@ -102,6 +102,8 @@ class Scores:
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
+        if self.scores.ndim != 1:
+            raise ValueError(f"scores has shape {tuple(self.scores.shape)}; give one number a response, (B,)")
         for name in ("attention", "prefix_scores"):
             tensor = getattr(self, name)
             if tensor is not None and len(tensor) != len(self.scores):

@@ -62,7 +62,7 @@ class CreditConfig:
         for name, choices in (("macro_value", poolings), ("macro_reward", ("sum", "mean"))):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
-        if not self.kl_coef >= 0:
+        if not 0 <= self.kl_coef < float("inf"):
             raise ValueError(f"kl_coef is {self.kl_coef}; choose a number of at least 0 (0 switches the penalty off)")
         if self.score_clamp is not None and not self.score_clamp > 0:
             raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
@@ -107,7 +107,8 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
         advantages are whitened.
 
     Raises:
-        ValueError: If `scores` lacks what the redistribution needs.
+        ValueError: If `scores` lacks what the redistribution needs or has other rows, or the condition answers in
+            another form than (B, T) bool.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3; ABC (https://arxiv.org/abs/2402.00782), section 3.
@@ -144,9 +145,15 @@ def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
 
     Returns:
         (B, T) int64. -1 outside the response.
+
+    Raises:
+        ValueError: If the condition answers in another form than (B, T) bool.
     """
     mask = rollout.response_mask
-    closes = config.termination(rollout) & mask
+    closes = config.termination(rollout)
+    if closes.dtype != torch.bool or closes.shape != mask.shape:
+        answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
+        raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(mask.shape)}")
     return macro_ids(closes | _second_to_last(mask) if config.last_token_apart else closes, mask)
 
 

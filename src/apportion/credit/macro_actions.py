@@ -58,7 +58,7 @@ def to_tokens(x: Shaped[Tensor, "B M"], ids: Int[Tensor, "B T"]) -> Shaped[Tenso
     Returns:
         (B, T) same dtype. 0 outside the response.
     """
-    return torch.where(ids >= 0, x.gather(1, ids.clamp(min=0)), 0)
+    return x.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
 
 
 def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
