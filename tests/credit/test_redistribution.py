@@ -1,0 +1,300 @@
+"""Where the score lands: sums are kept, vectors are those of the documents, and controls only permute."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from apportion import (
+    Attention,
+    FixedNgram,
+    PrefixDifference,
+    Redistribution,
+    Scores,
+    Shuffled,
+    Terminal,
+    Uniform,
+    macro_ids,
+)
+from apportion.credit.redistribution import attention_fallbacks
+from apportion.masked import ranks
+from batches import (
+    mask_of,
+    mask_of_lengths,
+    padded,
+    padded_scores,
+    random_rollout,
+    random_scores,
+    reference_row,
+)
+
+KEEPING = (
+    Terminal(),
+    Uniform(),
+    Uniform(beta=0.3),
+    Attention(),
+    Attention(beta=1.0),
+    PrefixDifference(from_prompt=False),
+    PrefixDifference(beta=0.4, from_prompt=False),
+    Shuffled(inner=Attention()),
+    Shuffled(inner=Terminal(), seed=2),
+)
+FROM_PROMPT = (PrefixDifference(), PrefixDifference(beta=0.4))
+every_redistribution = pytest.mark.parametrize("redistribution", KEEPING + FROM_PROMPT, ids=str)
+
+masks = st.integers(0, 14).flatmap(
+    lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4).map(
+        lambda rows: torch.tensor(rows, dtype=torch.bool).view(len(rows), width)
+    )
+)
+
+
+def scores_at(numbers: list[float], **more: list[list[float]]) -> Scores:
+    return Scores(scores=torch.tensor(numbers), **{name: torch.tensor(rows) for name, rows in more.items()})
+
+
+def wanted_total(redistribution: Redistribution, scores: Scores, gamma: float, last_step: Tensor) -> Tensor:
+    """The documents' invariant: sum_t gamma^(t-1) out_t = gamma^(n-1) R, less beta p_0 where p_0 is not 0."""
+    total = gamma**last_step * scores.scores.double()
+    if isinstance(redistribution, PrefixDifference) and redistribution.from_prompt:
+        assert scores.prefix_scores is not None
+        total = total - redistribution.beta * scores.prefix_scores[:, 0].double()
+    return total
+
+
+@every_redistribution
+@given(mask=masks, seed=st.integers(0, 999))
+def test_every_row_keeps_its_sum(redistribution: Redistribution, mask: Tensor, seed: int) -> None:
+    """abc.md C2 and section 10 row 16, ma-rlhf.md section 4 row 15: at every length, mask and truncation."""
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    placed = redistribution(rollout, scores)
+    assert placed.dtype == torch.float32
+    assert torch.equal(placed[~mask], torch.zeros(int((~mask).sum())))
+    wanted = torch.where(mask.any(1), wanted_total(redistribution, scores, 1.0, torch.zeros(len(mask))), 0)
+    torch.testing.assert_close(placed.double().sum(1), wanted, atol=1e-5, rtol=0)
+
+
+@every_redistribution
+def test_long_rows_keep_their_sums(redistribution: Redistribution) -> None:
+    mask = mask_of_lengths(2048, 1024, 777, 1)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+    found = redistribution(rollout, scores).double().sum(1)
+    torch.testing.assert_close(found, wanted_total(redistribution, scores, 1.0, torch.zeros(4)), atol=1e-5, rtol=0)
+
+
+@every_redistribution
+@pytest.mark.parametrize("per", ["token", "action"])
+@given(mask=masks, seed=st.integers(0, 99), gamma=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
+def test_the_discounted_sum_is_that_of_the_score_at_the_end(
+    redistribution: Redistribution, per: str, mask: Tensor, seed: int, gamma: float
+) -> None:
+    """abc.md C1: without the factor gamma^(n - t) early tokens are paid more than the score is worth."""
+    if gamma == 0.0:
+        mask = mask & (mask.cumsum(1) <= 1)  # only a first step is worth anything
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    steps = ranks(mask) if per == "token" else macro_ids(FixedNgram(n=3)(rollout), mask)
+    placed = redistribution(rollout, scores, gamma=gamma, steps=steps)
+    worth = torch.where(mask, gamma ** steps.clamp(min=0).double(), 0)
+    last_step = torch.where(mask, steps, 0).amax(1) if mask.shape[1] else torch.zeros(len(mask))
+    wanted = torch.where(mask.any(1), wanted_total(redistribution, scores, gamma, last_step.double()), 0)
+    torch.testing.assert_close((worth * placed.double()).sum(1), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@every_redistribution
+@given(mask=masks, seed=st.integers(0, 99))
+def test_every_redistribution_equals_the_slow_loop(
+    redistribution: Redistribution, gamma: float, mask: Tensor, seed: int
+) -> None:
+    if isinstance(redistribution, Shuffled):
+        redistribution = redistribution.inner
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    placed = redistribution(rollout, scores, gamma=gamma)
+    names = {Terminal: "terminal", Uniform: "uniform", Attention: "attention", PrefixDifference: "prefix"}
+    named = (names[type(redistribution)], *vars(redistribution).values())
+    options = reference.Options(termination=("every",), redistribution=named, gamma=gamma)
+    for b, row in enumerate(mask):
+        wanted = reference.redistribute(reference_row(rollout, scores, b), options, list(range(int(row.sum()))))
+        assert placed[b, row].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_attention_is_normalised_over_the_response_and_mixed_with_the_end() -> None:
+    """abc.md section 1, by hand: alpha = (1/6, 2/6, 3/6); what lies outside the response has no part."""
+    rollout = random_rollout(mask_of([[1, 1, 1, 0], [0, 1, 1, 1]]))
+    scores = scores_at([6.0, -6.0], attention=[[1.0, 2.0, 3.0, 9.0], [9.0, 1.0, 2.0, 3.0]])
+    wanted = [[0.5, 1.0, 4.5, 0.0], [0.0, -0.5, -1.0, -4.5]]  # 0.5 R alpha_t, and 0.5 R at the end
+    torch.testing.assert_close(Attention(beta=0.5)(rollout, scores), torch.tensor(wanted))
+
+
+def test_the_scale_of_the_attention_does_not_matter() -> None:
+    mask = mask_of_lengths(5, 3)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+    assert scores.attention is not None
+    for scale in 1e-30, 1e-3, 1e6:
+        scaled = replace(scores, attention=scores.attention * scale)
+        torch.testing.assert_close(Attention()(rollout, scaled), Attention()(rollout, scores))
+
+
+@pytest.mark.parametrize("redistribution", [Attention(), Attention(beta=1.0), Shuffled(inner=Attention())], ids=str)
+def test_attention_without_mass_stays_at_the_end_and_is_counted(redistribution: Redistribution) -> None:
+    """abc.md section 10 row 18: zero mass gave NaN and an empty response an IndexError."""
+    mask = mask_of([[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]])
+    nan = torch.nan
+    scores = scores_at([2.0, nan, 3.0, 4.0], attention=[[0, 0, 5], [1, 1, 1], [nan, 1, 1], [1.0, 1, 1]])
+    rollout = random_rollout(mask)
+    placed = redistribution(rollout, scores)
+    if not isinstance(redistribution, Shuffled):
+        assert placed[:3].tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 3]]
+    assert torch.equal(placed[~mask], torch.zeros(4))
+    assert attention_fallbacks(rollout, scores) == 2  # the rows without mass and with NaN; the empty row is none
+    assert attention_fallbacks(rollout, Scores(scores=scores.scores)) == 0
+
+
+def test_uniform_obeys_beta() -> None:
+    """abc.md section 10 row 11: the official Uniform ignored beta; the last token's extra is (1 - beta) R."""
+    placed = Uniform(beta=0.8)(random_rollout(mask_of([[1, 0, 1, 1, 1, 0]])), scores_at([5.0]))
+    torch.testing.assert_close(placed, torch.tensor([[1.0, 0, 1, 1, 2, 0]]))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("provider", [Uniform, Attention, PrefixDifference])
+def test_the_last_token_gets_an_extra_of_one_minus_beta(provider, beta: float) -> None:
+    """abc.md section 10 row 11, for every provider: linear in beta between the ends."""
+    mask = mask_of_lengths(4, 2)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+    none, all_of_it = (provider(beta=b)(rollout, scores) for b in (0.0, 1.0))
+    torch.testing.assert_close(provider(beta=beta)(rollout, scores), torch.lerp(none, all_of_it, beta))
+    assert torch.equal(none, Terminal()(rollout, scores))
+
+
+@pytest.mark.parametrize(("beta", "stops", "goes_on"), [(1.0, 0.12, 3.06), (0.8, 1.296, 3.648), (0.0, 6.0, 6.0)])
+def test_reward_to_go_pays_for_a_longer_tail(beta: float, stops: float, goes_on: float) -> None:
+    """abc.md section 6, R = 6, reward-to-go at t = 50 of a response that ends there, and of one that runs to 100."""
+    placed = Uniform(beta=beta)(random_rollout(mask_of_lengths(50, 100)), scores_at([6.0, 6.0]))
+    assert placed[:, 49:].sum(1).tolist() == pytest.approx([stops, goes_on], abs=1e-5)
+
+
+def test_prefix_differences_by_hand() -> None:
+    """abc.md section 3, RED: p = 1, 3, 2 and the score 5 in place of the last prefix; d = 2, -1, 3."""
+    scores = scores_at([5.0], prefix_scores=[[1.0, 3, 2, 99, torch.nan]])
+    rollout = random_rollout(mask_of([[1, 1, 1, 0]]))
+    assert PrefixDifference()(rollout, scores).tolist() == [[2, -1, 3, 0]]
+    assert PrefixDifference(from_prompt=False)(rollout, scores).tolist() == [[3, -1, 3, 0]]
+    assert PrefixDifference(beta=0.5)(rollout, scores).tolist() == [[1, -0.5, 4, 0]]
+    discounted = PrefixDifference()(rollout, scores, gamma=0.5)  # .5*3 - 1, .5*2 - 3, 5 - 2
+    assert discounted.tolist() == [[0.5, -2, 3, 0]]
+    one_action = PrefixDifference()(rollout, scores, gamma=0.5, steps=torch.tensor([[0, 0, 1, -1]]))
+    assert one_action.tolist() == [[2, -2, 3, 0]]  # 3 - 1, .5*2 - 3, 5 - 2
+
+
+def test_prefix_differences_pass_over_holes() -> None:
+    """Tokens that the policy did not choose are paid nothing; what they changed goes to the next chosen token."""
+    scores = scores_at([5.0], prefix_scores=[[1.0, 3, 70, 2, 60, 99]])
+    rollout = random_rollout(mask_of([[1, 0, 1, 0, 1]]))
+    assert PrefixDifference()(rollout, scores).tolist() == [[2, 0, -1, 0, 3]]
+    assert PrefixDifference()(rollout, scores, gamma=0.5).tolist() == [[0.5, 0, -2, 0, 3]]
+
+
+@given(mask=masks, seed=st.integers(0, 99))
+def test_shuffling_permutes_inside_each_row(mask: Tensor, seed: int) -> None:
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    attention = Attention(beta=1.0)
+    inner, shuffled = (r(rollout, scores) for r in (attention, Shuffled(inner=attention, seed=seed)))
+    torch.testing.assert_close(shuffled.sort(1).values, inner.sort(1).values)
+    assert torch.equal(shuffled[~mask], torch.zeros(int((~mask).sum())))
+
+
+def test_shuffling_leaves_the_remainder_at_the_end() -> None:
+    mask = mask_of_lengths(50)
+    scores = replace(random_scores(mask), scores=torch.tensor([10.0]))
+    placed = Shuffled(inner=Uniform(beta=0.5))(random_rollout(mask), scores)
+    torch.testing.assert_close(placed, Uniform(beta=0.5)(random_rollout(mask), scores))
+
+
+def test_shuffles_are_even_and_differ_between_seeds() -> None:
+    """Where the only share lands in rows of 4: chi-square with 3 degrees of freedom, above 16.3 once in a thousand."""
+    rollout = random_rollout(mask_of_lengths(*[4] * 4000))
+    ones = Scores(scores=torch.ones(4000))
+    first, second = (Shuffled(inner=Terminal(), seed=seed)(rollout, ones) for seed in (0, 1))
+    assert ((first.sum(0) - 1000) ** 2 / 1000).sum() < 16.3
+    assert 800 < (first * second).sum() < 1200  # the same place by chance in one row of four
+
+
+@every_redistribution
+@given(mask=masks, seed=st.integers(0, 99), left=st.integers(0, 3), right=st.integers(0, 3))
+def test_padding_changes_nothing(
+    redistribution: Redistribution, mask: Tensor, seed: int, left: int, right: int
+) -> None:
+    """ma-rlhf.md section 4 row 15 and abc.md section 10 row 18: the score never lands on padding, on either side."""
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    wide = padded_scores(scores, left=left, right=right)
+    placed = redistribution(padded(rollout, left=left, right=right, prompt_left=right), wide)
+    torch.testing.assert_close(placed[:, left : left + mask.shape[1]], redistribution(rollout, scores))
+    assert torch.equal(placed != 0, (placed != 0) & torch.nn.functional.pad(mask, (left, right)))
+
+
+@pytest.mark.parametrize("redistribution", KEEPING + FROM_PROMPT, ids=str)
+def test_a_reward_model_in_bfloat16_is_read_in_float32(redistribution: Redistribution) -> None:
+    """abc.md section 10 row 18: a bf16 reward model failed."""
+    mask = mask_of_lengths(9, 4)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+    assert scores.attention is not None
+    assert scores.prefix_scores is not None
+    half = Scores(
+        scores=scores.scores.bfloat16(),
+        attention=scores.attention.bfloat16(),
+        prefix_scores=scores.prefix_scores.bfloat16(),
+    )
+    placed = redistribution(rollout, half)
+    assert placed.dtype == torch.float32
+    torch.testing.assert_close(placed, redistribution(rollout, scores), atol=0.05, rtol=0.02)
+
+
+def test_needs_name_what_is_read() -> None:
+    assert Terminal().needs == Uniform().needs == frozenset()
+    assert Shuffled(inner=Attention()).needs == Attention().needs == {"attention"}
+    assert PrefixDifference().needs == {"prefix_scores"}
+
+
+@pytest.mark.parametrize(
+    ("redistribution", "message"),
+    [
+        (Attention(), r"Attention needs Scores.attention, which is None; ask the reward for it"),
+        (Shuffled(inner=Attention()), r"Shuffled needs Scores.attention, which is None"),
+        (PrefixDifference(), r"PrefixDifference needs Scores.prefix_scores, which is None"),
+    ],
+    ids=str,
+)
+def test_scores_without_what_is_needed_are_refused(redistribution: Redistribution, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        redistribution(random_rollout(mask_of_lengths(3, 2)), scores_at([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("redistribution", "change", "message"),
+    [
+        (Attention(), {"attention": torch.ones(2, 4)}, r"attention has shape \(2, 4\); the responses need \(2, 3\)"),
+        (PrefixDifference(), {"prefix_scores": torch.ones(2, 3)}, r"\(2, 3\); the responses need \(2, 4\)"),
+        (Terminal(), {}, r"scores has 1 entries; there are 2 responses"),
+        (Uniform(), {}, r"scores has 1 entries; there are 2 responses"),
+        (Shuffled(inner=Uniform()), {}, r"scores has 1 entries; there are 2 responses"),
+    ],
+    ids=str,
+)
+def test_scores_of_another_shape_are_refused(redistribution: Redistribution, change: dict, message: str) -> None:
+    """One score would broadcast to all rows without a word."""
+    rollout = random_rollout(mask_of_lengths(3, 2))
+    scores = Scores(scores=torch.ones(2 if change else 1), **change)
+    with pytest.raises(ValueError, match=message):
+        redistribution(rollout, scores)
+
+
+@pytest.mark.parametrize("provider", [Uniform, Attention, PrefixDifference])
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
+def test_a_beta_that_is_no_weight_is_refused(provider, beta: float) -> None:
+    with pytest.raises(ValueError, match=rf"beta is {beta}; choose a number in \[0, 1\]"):
+        provider(beta=beta)

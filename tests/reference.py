@@ -1,0 +1,267 @@
+"""The papers' equations as slow loops over one row, in plain Python floats: what the batched code is held against.
+
+Written from the documents (MA-RLHF, arXiv 2410.02743; ABC, 2402.00782; RED, 2411.08302; GAE, 1506.02438), not from the
+code. A row is a list of its valid tokens only: there is no padding here, and no mask.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One response of n tokens; `prefix_scores` has n + 1 entries, the bare prompt first."""
+
+    old_logprobs: list[float]
+    ref_logprobs: list[float]
+    values: list[float]
+    score: float
+    attention: list[float]
+    prefix_scores: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One choice on each axis; `termination` and `redistribution` are (name, arguments ...)."""
+
+    termination: tuple
+    redistribution: tuple
+    macro_value: str = "equal"
+    macro_reward: str = "sum"
+    gamma: float = 1.0
+    lam: float = 0.95
+    per: str = "action"
+    kl_coef: float = 0.05
+    score_clamp: float | None = None
+    last_token_apart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCredit:
+    """What assign_credit gives, for one row."""
+
+    token_level_scores: list[float]
+    token_level_rewards: list[float]
+    macro_ids: list[int]
+    advantages: list[float]
+    returns: list[float]
+
+
+# Segmentation: ma-rlhf.md section 1.4.
+
+
+def ids_of_lengths(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Number actions of the given lengths; what they leave over is one more action, what exceeds the row is cut."""
+    ids: list[int] = []
+    for action, length in enumerate(lengths):
+        for _ in range(length):
+            if len(ids) < tokens:
+                ids.append(action)
+    rest = ids[-1] + 1 if ids else 0
+    while len(ids) < tokens:
+        ids.append(rest)
+    return ids
+
+
+def fixed_ngram(tokens: int, n: int) -> list[int]:
+    """Every n tokens; the rest is a shorter last action."""
+    return [t // n for t in range(tokens)]
+
+
+def perplexity(ref_logprobs: list[float], variant: str) -> list[int]:
+    """A new action where the token's surprise exceeds the last one's, or the mean over the current action."""
+    ids: list[int] = []
+    current: list[float] = []
+    for logprob in ref_logprobs:
+        surprise = -logprob
+        if not current:
+            ids.append(0)
+        elif surprise > (current[-1] if variant == "token" else math.fsum(current) / len(current)):
+            ids.append(ids[-1] + 1)
+            current = []
+        else:
+            ids.append(ids[-1])
+        current.append(surprise)
+    return ids
+
+
+def apart(ids: list[int]) -> list[int]:
+    """Make the last token an action of its own, if it is not one."""
+    if len(ids) > 1 and ids[-1] == ids[-2]:
+        return [*ids[:-1], ids[-1] + 1]
+    return ids
+
+
+def macro_ids(row: Row, options: Options) -> list[int]:
+    """Number the actions of a row."""
+    name, *arguments = options.termination
+    tokens = len(row.values)
+    if name == "every":
+        ids = list(range(tokens))
+    elif name == "whole":
+        ids = [0] * tokens
+    elif name == "fixed":
+        ids = fixed_ngram(tokens, *arguments)
+    elif name == "lengths":
+        ids = ids_of_lengths(arguments[0], tokens)
+    else:
+        ids = perplexity(row.ref_logprobs, *arguments)
+    return apart(ids) if options.last_token_apart else ids
+
+
+def sizes(ids: Sequence[int]) -> list[int]:
+    """Count the tokens of each action."""
+    return [len(list(group)) for _, group in groupby(ids)]
+
+
+def official_sizes(tokens: int, n: int) -> list[int]:
+    """Sizes as released: the last token is apart, and where the others divide evenly an empty step comes before it."""
+    before = [n] * ((tokens - 1) // n)
+    return [*before, (tokens - 1) % n, 1]
+
+
+# Redistribution: abc.md sections 1 and 3, conditions C1 and C2 of section 4.
+
+
+def redistribute(row: Row, options: Options, steps: list[int]) -> list[float]:
+    """Place the score; steps[t] is the step of discounting in which token t is paid."""
+    name, *arguments = options.redistribution
+    bound = math.inf if options.score_clamp is None else options.score_clamp
+    score = min(max(row.score, -bound), bound)
+    last = len(steps) - 1
+    if name == "terminal":
+        return [score if t == last else 0.0 for t in range(len(steps))]
+    if name == "prefix":
+        opinions = [min(max(p, -bound), bound) for p in row.prefix_scores]
+        return prefix_difference(opinions, score, *arguments, gamma=options.gamma, steps=steps)
+    beta = arguments[0]
+    alpha = [1.0 / max(len(steps), 1)] * len(steps) if name == "uniform" else normalised(row.attention)
+    return [
+        beta * options.gamma ** (steps[last] - steps[t]) * alpha[t] * score + (1 - beta) * score * (t == last)
+        for t in range(len(steps))
+    ]
+
+
+def normalised(attention: list[float]) -> list[float]:
+    """Make the weights sum to 1; without any mass all of it goes to the last token."""
+    mass = math.fsum(attention)
+    if mass > 0:
+        return [a / mass for a in attention]
+    return [float(t == len(attention) - 1) for t in range(len(attention))]
+
+
+def prefix_difference(
+    opinions: list[float], score: float, beta: float, from_prompt: bool, *, gamma: float, steps: list[int]
+) -> list[float]:
+    """The score at the end plus shaping by Phi = beta * opinion of the prefix, Phi = 0 after the end."""
+    potential = [beta * opinion for opinion in opinions]
+    if not from_prompt:
+        potential[0] = 0.0
+    placed = []
+    for t in range(len(steps)):
+        ends = t == len(steps) - 1
+        after = 0.0 if ends else gamma ** (steps[t + 1] - steps[t]) * potential[t + 1]
+        placed.append(after - potential[t] + (score if ends else 0.0))
+    return placed
+
+
+# Pooling, GAE: ma-rlhf.md sections 1.3 and 1.5.
+
+
+def pooling(m: int, kind: str) -> list[float]:
+    """Weights of the values in an action of m tokens."""
+    if kind == "equal":
+        return [1 / m] * m
+    if kind == "unit":
+        return [0.0] * (m - 1) + [1.0]
+    rising = [1 / (m - i) for i in range(m)]
+    weights = [w / math.fsum(rising) for w in rising]
+    return weights if kind == "position" else weights[::-1]
+
+
+def gae(
+    rewards: list[float], values: list[float], gammas: list[float], lams: list[float]
+) -> tuple[list[float], list[float]]:
+    """Run the recursion backwards; the value after the last step is 0."""
+    advantages = [0.0] * len(rewards)
+    following_value, following_advantage = 0.0, 0.0
+    for k in reversed(range(len(rewards))):
+        delta = rewards[k] + gammas[k] * following_value - values[k]
+        advantages[k] = delta + gammas[k] * lams[k] * following_advantage
+        following_value, following_advantage = values[k], advantages[k]
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def assign_credit(row: Row, options: Options) -> RowCredit:
+    """All the steps, in order, for one row."""
+    ids = macro_ids(row, options)
+    per_token = options.per == "token"
+    scores = redistribute(row, options, list(range(len(ids))) if per_token else ids)
+    kl = [old - ref for old, ref in zip(row.old_logprobs, row.ref_logprobs, strict=True)]
+    rewards = [s - options.kl_coef * k for s, k in zip(scores, kl, strict=True)]
+    macro_rewards, macro_values, lengths = [], [], sizes(ids)
+    first = 0
+    for m in lengths:
+        sigma = pooling(m, options.macro_value)
+        weights = sigma if options.macro_reward == "mean" else [1.0] * m
+        inside = [options.gamma**i if per_token else 1.0 for i in range(m)]
+        macro_rewards.append(sum(weights[i] * inside[i] * rewards[first + i] for i in range(m)))
+        macro_values.append(sum(sigma[i] * row.values[first + i] for i in range(m)))
+        first += m
+    exponents = lengths if per_token else [1] * len(lengths)
+    gammas, lams = [options.gamma**e for e in exponents], [options.lam**e for e in exponents]
+    advantages, returns = gae(macro_rewards, macro_values, gammas, lams)
+    return RowCredit(
+        token_level_scores=scores,
+        token_level_rewards=rewards,
+        macro_ids=ids,
+        advantages=[advantages[k] for k in ids],
+        returns=[returns[k] for k in ids],
+    )
+
+
+def whiten(rows: list[list[float]]) -> list[list[float]]:
+    """Mean 0 and variance 1 (with Bessel's correction) over all tokens of all rows."""
+    every = [x for row in rows for x in row]
+    mean = math.fsum(every) / max(len(every), 1)
+    variance = math.fsum((x - mean) ** 2 for x in every) / max(len(every) - 1, 1)
+    return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row] for row in rows]
+
+
+# Losses: ma-rlhf.md sections 1.6 and 1.7. Each argument is a list of rows.
+
+
+def policy_loss(
+    logprobs: list[list[float]],
+    old_logprobs: list[list[float]],
+    advantages: list[list[float]],
+    ids: list[list[int]],
+    *,
+    cliprange: float,
+    ratio: str,
+) -> float:
+    """Sum the clipped losses over tokens, or over actions, and divide by their number."""
+    losses = []
+    for new_row, old_row, advantage_row, id_row in zip(logprobs, old_logprobs, advantages, ids, strict=True):
+        first = 0
+        for m in [1] * len(id_row) if ratio == "token" else sizes(id_row):
+            log_ratio = sum(new_row[t] - old_row[t] for t in range(first, first + m))
+            r = math.exp(log_ratio / m if ratio == "macro_mean" else log_ratio)
+            clipped = min(max(r, 1 - cliprange), 1 + cliprange)
+            losses.append(max(-advantage_row[first] * r, -advantage_row[first] * clipped))
+            first += m
+    return math.fsum(losses) / max(len(losses), 1)
+
+
+def value_loss(
+    values: list[list[float]], old_values: list[list[float]], returns: list[list[float]], *, cliprange_value: float
+) -> float:
+    """Half the mean over tokens of the larger of the two squares."""
+    losses = []
+    for new_row, old_row, return_row in zip(values, old_values, returns, strict=True):
+        for v, old, target in zip(new_row, old_row, return_row, strict=True):
+            clipped = min(max(v, old - cliprange_value), old + cliprange_value)
+            losses.append(max((v - target) ** 2, (clipped - target) ** 2))
+    return 0.5 * math.fsum(losses) / max(len(losses), 1)

@@ -1,0 +1,78 @@
+"""Padding never speaks: neither its values, nor NaN, nor its amount."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from apportion.masked import compact, is_last, last_index, masked_mean, masked_var, masked_whiten, ranks
+from batches import mask_of
+
+NAN = torch.nan
+
+masks = st.integers(0, 9).flatmap(
+    lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4).map(
+        lambda rows: torch.tensor(rows, dtype=torch.bool).view(len(rows), width)
+    )
+)
+
+
+def test_means_and_variances_are_those_of_the_valid_entries() -> None:
+    x, mask = torch.tensor([[1.0, NAN, 3.0], [8.0, NAN, NAN]]), mask_of([[1, 0, 1], [1, 0, 0]])
+    assert masked_mean(x, mask) == 4.0  # (1 + 3 + 8) / 3
+    assert masked_var(x, mask) == 13.0  # (9 + 1 + 16) / 2
+
+
+def test_whitening_gives_mean_0_and_variance_1_and_zero_outside() -> None:
+    x = torch.tensor([[1.0, NAN, 3.0], [8.0, torch.inf, NAN]])
+    mask = mask_of([[1, 0, 1], [1, 0, 0]])
+    white = masked_whiten(x, mask)
+    assert masked_mean(white, mask).abs() < 1e-6
+    assert (masked_var(white, mask) - 1).abs() < 1e-6
+    assert torch.equal(white[~mask], torch.zeros(3))
+
+
+@pytest.mark.parametrize("reduction", [masked_mean, masked_var])
+def test_nothing_to_average_gives_zero(reduction) -> None:
+    for shape in (2, 3), (0,), (2, 0):
+        assert reduction(torch.full(shape, NAN), torch.zeros(shape, dtype=torch.bool)) == 0
+
+
+def test_a_single_value_is_whitened_to_zero() -> None:
+    assert torch.equal(masked_whiten(torch.tensor([[5.0, NAN]]), mask_of([[1, 0]])), torch.zeros(1, 2))
+
+
+def test_two_processes_reduce_to_what_one_sees() -> None:
+    x, mask = torch.randn(4, 5), torch.rand(4, 5) < 0.7
+    halves = [(x[:2], mask[:2]), (x[2:], mask[2:])]
+    sent: list[Tensor] = []
+    for half in halves:  # the first round gathers what each process sends, the second adds it up
+        masked_mean(*half, reduce=lambda totals: sent.append(totals) or totals)
+    means = [masked_mean(*half, reduce=lambda _: sent[0] + sent[1]) for half in halves]
+    assert all(torch.allclose(mean, masked_mean(x, mask)) for mean in means)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    x = torch.full((1, 4096), 100.0, dtype=dtype)  # the sum, 409600, is beyond float16
+    assert masked_mean(x, torch.ones(1, 4096, dtype=torch.bool)) == 100
+
+
+@given(masks)
+def test_positions_are_those_of_the_row_without_padding(mask: Tensor) -> None:
+    for row, rank, last, marks in zip(mask, ranks(mask), last_index(mask), is_last(mask), strict=True):
+        valid = row.nonzero()[:, 0].tolist()
+        assert rank[row].tolist() == list(range(len(valid)))
+        assert last == (valid[-1] if valid else -1)
+        assert marks.nonzero()[:, 0].tolist() == valid[-1:]
+
+
+@given(masks)
+def test_compacting_keeps_order_and_is_undone_by_gathering(mask: Tensor) -> None:
+    x = torch.arange(1.0, mask.numel() + 1).view(mask.shape)
+    front = compact(x.masked_fill(~mask, NAN), mask)
+    for row, entries, kept in zip(mask, x, front, strict=True):
+        assert kept.tolist() == entries[row].tolist() + [0.0] * int((~row).sum())
+    if mask.shape[1]:
+        assert torch.equal(front.gather(1, ranks(mask).clamp(min=0))[mask], x[mask])
