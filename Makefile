@@ -11,8 +11,8 @@ INPUTS := pyproject.toml constraints.txt
 # Nothing is fetched while it runs, and nothing is written outside of the checkout. Spinning OpenMP threads on contended
 # cores are several times slower than one thread each.
 RUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false \
-       HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME=$(CURDIR)/.cache/huggingface \
-       MPLCONFIGDIR=$(CURDIR)/.cache/matplotlib
+       HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
+       MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib"
 
 .PHONY: quickstart test check format install install-dev clean
 
