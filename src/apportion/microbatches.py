@@ -7,33 +7,43 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def by_length(lengths: Int[Tensor, " B"], budget: int) -> list[Int[Tensor, " N"]]:
-    """Group rows of like length; a group times its longest row stays within the budget.
+def by_length(lengths: Int[Tensor, "B *parts"], budget: int) -> list[Int[Tensor, " N"]]:
+    """Group rows of like length; a group times its width with padding stays within the budget.
 
     Args:
-        lengths: (B) int64. Tokens of each row.
+        lengths: (B) int64. Tokens of each row; or (B, K), tokens of K parts that are padded each for itself, as a
+            prompt on its left and a response on its right.
         budget: Tokens of a group, padding included; a single longer row is a group of its own.
 
     Returns:
         Row numbers of each group, longest rows first, so that memory runs out at once or never.
     """
-    order = lengths.argsort(descending=True, stable=True)
-    ordered, groups, first = lengths[order].tolist(), [], 0
-    while first < len(ordered):
-        size = max(1, budget // max(1, ordered[first]))
-        groups.append(order[first : first + size])
-        first += size
-    return groups
+    parts = lengths if lengths.ndim == 2 else lengths[:, None]
+    order = parts.sum(1).argsort(descending=True, stable=True)
+    groups: list[list[int]] = []
+    widest: list[int] = []
+    for row, widths in zip(order.tolist(), parts[order].tolist(), strict=True):
+        widened = [max(pair) for pair in zip(widest, widths, strict=True)] if groups else widths
+        if groups and (len(groups[-1]) + 1) * sum(widened) <= budget:
+            groups[-1].append(row)
+            widest = widened
+        else:
+            groups.append([row])
+            widest = widths
+    return [torch.tensor(group, device=lengths.device) for group in groups]
 
 
 def in_groups(
-    function: Callable[[Int[Tensor, " N"]], tuple[Tensor, ...]], lengths: Int[Tensor, " B"], budget: int, width: int
+    function: Callable[[Int[Tensor, " N"]], tuple[Tensor, ...]],
+    lengths: Int[Tensor, "B *parts"],
+    budget: int,
+    width: int,
 ) -> tuple[Tensor, ...]:
     """Compute something for all rows, group by group, and put the rows back in order.
 
     Args:
         function: From row numbers to tensors of N rows; a second axis shorter than `width` is filled with zeros.
-        lengths: (B) int64. Tokens of each row.
+        lengths: (B) or (B, K) int64. Tokens of each row, see `by_length`.
         budget: Tokens of a group.
         width: Length of the second axis, where there is one.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from apportion.batch import Prompts, Rollout
+from apportion.masked import last_index
 from apportion.microbatches import in_groups
 from apportion.models import Critic, Policy, unwrapped
 from apportion.sampling import Sampling, draw, sampled_logits
@@ -63,14 +64,15 @@ def sample(
     ids = torch.full((rows, sampling.max_new_tokens), pad_id, device=prompts.prompt_ids.device)
     logprobs = torch.zeros(ids.shape, device=ids.device)
     ended_at = torch.full((rows,), sampling.max_new_tokens, device=ids.device)
+    uniforms, eos_ids = uniforms.to(ids.device), torch.tensor(policy.eos_ids, dtype=torch.long, device=ids.device)
     decoder = _Decoder(policy.model, prompts)
     active = torch.arange(rows, device=ids.device)
     for place in range(sampling.max_new_tokens):
         places = torch.full_like(active, place)
         logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)
-        tokens, chances = draw(logits, uniforms[:, place].to(ids.device)[active])
+        tokens, chances = draw(logits, uniforms[active, place])
         ids[active, place], logprobs[active, place] = tokens, chances
-        ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=ids.device))
+        ends = torch.isin(tokens, eos_ids)
         ended_at[active] = torch.where(ends & (ended_at[active] > place + 1), place + 1, ended_at[active])
         if place + 1 == sampling.max_new_tokens:
             break
@@ -152,8 +154,7 @@ def complete(
     Returns:
         The rollout.
     """
-    width, prompt_width = responses.response_ids.shape[1], prompts.prompt_ids.shape[1]
-    lengths = prompts.prompt_mask.sum(1) + responses.response_mask.sum(1)
+    lengths, width = widths(prompts.prompt_mask, responses.response_mask), responses.response_ids.shape[1]
 
     def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
         texts = trim(
@@ -166,7 +167,7 @@ def complete(
             ref_logprobs = reference(*texts, sampling, truncate=False)
         return ref_logprobs, torch.zeros_like(ref_logprobs) if critic is None else critic(*texts)
 
-    ref_logprobs, values = in_groups(read, lengths.clamp(max=prompt_width + width), budget, width)
+    ref_logprobs, values = in_groups(read, lengths, budget, width)
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_mask=prompts.prompt_mask,
@@ -176,6 +177,19 @@ def complete(
         ref_logprobs=ref_logprobs,
         values=values,
     )
+
+
+def widths(prompt_mask: Bool[Tensor, "B P"], response_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B 2"]:
+    """Count the columns that `trim` leaves of each row alone.
+
+    Args:
+        prompt_mask: (B, P) bool. Left-padded.
+        response_mask: (B, T) bool. Right-padded.
+
+    Returns:
+        (B, 2) int64. Of the prompt, and of the response.
+    """
+    return torch.stack([last_index(prompt_mask.flip(1)), last_index(response_mask)], 1) + 1
 
 
 def trim(

@@ -40,9 +40,7 @@ class Sampling:
                 f"min_new_tokens is {self.min_new_tokens}; choose 0 to {self.max_new_tokens}, max_new_tokens"
             )
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}; choose a positive number (1 for the model itself)"
-            )
+            raise ValueError(f"temperature is {self.temperature}; choose a positive number (1 for the model itself)")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; choose a positive number, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -120,5 +118,6 @@ def draw(logits: Float[Tensor, "N V"], uniforms: Float[Tensor, " N"]) -> tuple[I
     cumulative = logprobs.exp().cumsum(-1)
     # Below 1 by more than rounding, so that the search ends on a token of positive probability.
     target = uniforms.clamp(max=1 - 2**-22).to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True)
+    # Only logits that are not numbers lead beyond the last token; their log-probability says so.
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from apportion.batch import Prompts, Scores
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
-from apportion.rollout import Responses, trim
+from apportion.rollout import Responses, trim, widths
 from apportion.score.alignment import Template, align, concatenation
 from apportion.score.attention import capture_row
 
@@ -163,7 +163,7 @@ class RewardModel:
             first = prompt_ids.shape[1]
             return scores, torch.where(response_mask, attention[:, first:], 0), everywhere[:, first - 1 :]
 
-        lengths = prompts.prompt_mask.sum(1) + responses.response_mask.sum(1)
+        lengths = widths(prompts.prompt_mask, responses.response_mask)
         scores, attention, prefix = in_groups(read, lengths, self.budget, width + 1)
         return scores, attention[:, :width], prefix
 

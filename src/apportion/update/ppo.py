@@ -16,7 +16,7 @@ from apportion.batch import Batch, Credit, Rollout, rows
 from apportion.credit.macro_actions import macro_lengths
 from apportion.masked import masked_var
 from apportion.microbatches import by_length, in_groups
-from apportion.rollout import trim
+from apportion.rollout import trim, widths
 from apportion.sampling import Sampling
 from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
 
@@ -164,7 +164,8 @@ class _Step:
             with self.accelerator.autocast(), torch.no_grad():
                 return (self.policy.module(*_text(rows(rollout, group)), self.sampling),)
 
-        return in_groups(read, _lengths(rollout), self.config.micro_batch_tokens, width)[0]
+        lengths = widths(rollout.prompt_mask, rollout.response_mask)
+        return in_groups(read, lengths, self.config.micro_batch_tokens, width)[0]
 
     def __call__(
         self,
@@ -177,7 +178,8 @@ class _Step:
     ) -> dict[str, float]:
         """Take one optimizer step on some rows; fill `behaviour` where the policy has not moved yet."""
         counts = self._counts(credit, index)
-        groups = [index[group] for group in by_length(_lengths(rollout)[index], self.config.micro_batch_tokens)]
+        lengths = widths(rollout.prompt_mask, rollout.response_mask)[index]
+        groups = [index[group] for group in by_length(lengths, self.config.micro_batch_tokens)]
         sums = torch.zeros(6, device=rollout.response_ids.device)
         largest = torch.zeros((), device=sums.device)
         for number, group in enumerate(groups or [torch.zeros(1, dtype=torch.long, device=sums.device)]):
@@ -296,11 +298,6 @@ def _text(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return trim(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
 
 
-def _lengths(rollout: Rollout) -> Int[Tensor, " B"]:
-    """(B) int64. Tokens of prompt and response."""
-    return rollout.prompt_mask.sum(1) + rollout.lengths
-
-
 def _narrow(batch: Batch, width: int) -> Batch:
     """Cut every tensor of a batch to its first columns."""
     return replace(batch, **{f.name: getattr(batch, f.name)[:, :width] for f in fields(batch)})
@@ -337,7 +334,6 @@ def _largest_gap(behaviour: Float[Tensor, "B T"], rollout: Rollout, accelerator:
 
 def _explained_variance(rollout: Rollout, credit: Credit, accelerator: Accelerator) -> float:
     """1 - Var(returns - values) / Var(returns) over valid tokens; 0 where returns do not vary."""
-
     reduce, mask = partial(summed, accelerator), rollout.response_mask
     spread = masked_var(credit.returns, mask, reduce=reduce)
     left = masked_var(credit.returns - rollout.values, mask, reduce=reduce)
