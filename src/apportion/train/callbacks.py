@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -22,7 +23,7 @@ class Callbacks:
         self.context = context
         self.state = TrainerState(max_steps=max_steps)
         self.control = TrainerControl()
-        self.args = TrainingArguments(use_cpu=True, report_to=[]) if self.callbacks else None
+        self.args = _Settings(use_cpu=True, report_to=[]) if self.callbacks else None
 
     @property
     def stop(self) -> bool:
@@ -63,3 +64,12 @@ class Callbacks:
     def _tell(self, event: str, **more: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.args, self.state, self.control, **self.context, **more)
+
+
+class _Settings(TrainingArguments):
+    """Settings for callbacks to read. Devices stay accelerate's: those of transformers would reset its state."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trainer's tensors are does not concern a callback."""
+        return torch.device("cpu")
