@@ -94,7 +94,7 @@ def score_head(model: nn.Module) -> nn.Linear:
     """
     base = unwrapped(model)
     for name in ("score", "classifier"):
-        head = getattr(base, name, None)
+        head: Any = getattr(base, name, None)
         # PEFT keeps a trained copy of the head beside the original.
         head = head.modules_to_save["default"] if hasattr(head, "modules_to_save") else head
         if isinstance(head, nn.Linear):
@@ -138,7 +138,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.eos_ids = eos_ids
-        self._project = _projection(unwrapped(model))
+        # Together they give logits: all of a model but its head, and the head; where the head is not known, all at once.
+        self._trunk, self._project = _split(unwrapped(model))
 
     def forward(
         self,
@@ -167,7 +168,7 @@ class Policy(nn.Module):
         """
         ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
         first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
-        hidden = hidden_states(self.model, ids, mask)[:, first : first + width][response_mask]
+        hidden = self._trunk(self.model, ids, mask)[:, first : first + width][response_mask]
         places = (response_mask.cumsum(1) - 1)[response_mask]
         tokens = response_ids[response_mask]
 
@@ -229,8 +230,8 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):  # read by attention functions and by fused modules
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # read by attention functions, by fused modules, and as layerdrop
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
     return model
 
@@ -245,29 +246,42 @@ def _by_chunks(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], siz
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _projection(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Find what turns a model's last hidden states into its logits, and make sure on two tokens that it does.
+def _split(model: PreTrainedModel) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """Split a model into its trunk and what makes logits of the trunk's states, after a trial on two tokens.
 
-    Raises:
-        ValueError: If the model does something to its logits that is not known here.
+    Returns:
+        trunk: From (model, ids, mask) to (B, L, D), as `hidden_states`.
+        project: From (N, D) to (N, V). For a model that treats its logits in a way that is not known here, `trunk` gives
+            its logits and `project` leaves them alone: right, and as large as the model makes them.
     """
+    project = _projection(model)
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        return hidden_states, project
+    ids = torch.arange(2, device=parameter.device)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        theirs, ours = _logits(model, ids, mask).float(), project(hidden_states(model, ids, mask)).float()
+    if ours.shape == theirs.shape and (ours - theirs).abs().max() <= 0.01 * theirs.abs().max():
+        return hidden_states, project
+    return _logits, lambda logits: logits
+
+
+def _logits(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+    """Run a whole model over padded sequences."""
+    return unwrapped(model)(**inputs(unwrapped(model), ids, mask), use_cache=False).logits
+
+
+def _projection(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Compose what makes logits of last hidden states: the head, a scale, a soft cap."""
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0) if isinstance(scale, float | int) else 1.0
 
     def project(hidden: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden)
         logits = logits if scale == 1 else logits * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    parameter = next(model.parameters())
-    if parameter.device.type == "meta":
-        return project
-    ids = torch.arange(2, device=parameter.device)[None]
-    with torch.no_grad():
-        theirs = model(**inputs(model, ids, torch.ones_like(ids, dtype=torch.bool)), use_cache=False).logits.float()
-        ours = project(hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))).float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-        raise ValueError(f"{type(model).__name__} computes its logits in a way that apportion does not know; report it")
     return project

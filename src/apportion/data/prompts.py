@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -78,7 +79,8 @@ def encode_prompts(
         ValueError: If the tokenizer has no padding token; the data set is empty, lacks the column, or has an empty
             prompt; a prompt is too long and `strict` is set; or none is left.
     """
-    if tokenizer.pad_token_id is None:
+    pad_id = tokenizer.pad_token_id
+    if not isinstance(pad_id, int):
         raise ValueError("the tokenizer has no padding token; set one (tokenizer.pad_token = ...) and save it again")
     if "prompt" not in dataset.column_names:
         raise ValueError(f"the data set has no column 'prompt'; its columns are {', '.join(dataset.column_names)}")
@@ -100,7 +102,7 @@ def encode_prompts(
         ids=[ids[row] for row in fits],
         columns={name: [values[row] for row in fits] for name in names if (values := list(dataset[name]))},
         dropped=dropped,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
     )
 
 
@@ -112,7 +114,8 @@ def _encode(text: str | list, tokenizer: PreTrainedTokenizerBase, row: int) -> l
         ids = list(tokenizer(text)["input_ids"])
         closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
         return ids[:-1] if closed else ids
-    return list(tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)["input_ids"])
+    chat: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)
+    return list(chat["input_ids"])
 
 
 def order_of(seed: int, epoch: int, size: int) -> Int[Tensor, " N"]:

@@ -1,0 +1,162 @@
+"""`apportion generate`: responses to held-out prompts, and what they are worth."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from transformers import AutoTokenizer
+
+from apportion.batch import Prompts
+from apportion.data.files import Files, Source
+from apportion.data.prompts import PromptSet, encode_prompts
+from apportion.models import Policy, load_policy, load_scorer
+from apportion.rollout import complete, sample
+from apportion.sampling import Sampling
+from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode
+from apportion.streams import generator
+from apportion.train.evaluation import measured_rows
+from apportion.train.launch import check_model, named
+from apportion.train.learner import end_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """What `apportion generate` needs to know.
+
+    Attributes:
+        model: The policy: a folder or a hub name.
+        output: JSON-lines file; it must not be there yet.
+        ref_model: The reference that the divergence is measured from; without one no divergence is reported.
+        reward_model: A sequence classifier with one label.
+        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`.
+        reward_template: Dotted path of a function from prompt and response to the text that the reward model reads.
+        data: Prompts: the held-out rows where the source holds some out, else all of them.
+        sampling: What responses are drawn from.
+        num_prompts: Take only so many prompts, from the first; None for all.
+        batch_size: Responses that are sampled at once.
+        max_prompt_length: Prompts of more tokens are dropped and counted.
+        strict: Refuse prompts that are too long instead of dropping them.
+        seed: Decides what is sampled.
+        bf16: Compute in bfloat16 where it is safe.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    model: str
+    output: str
+    ref_model: str | None = None
+    reward_model: str | None = None
+    reward_function: str | None = None
+    reward_template: str | None = None
+    data: Source = field(default_factory=Files)
+    sampling: Sampling = field(default_factory=Sampling)
+    num_prompts: int | None = None
+    batch_size: int = 32
+    max_prompt_length: int = 512
+    strict: bool = False
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        for name in ("num_prompts", "batch_size", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; choose at least 1")
+
+
+def generate(settings: Generate) -> None:
+    """Write one JSON line a prompt: `prompt`, `response`, `length`, and, as far as asked, `score`, `kl`, and rewards.
+
+    Raises:
+        ValueError: If the output is there already, or the data have no usable prompt.
+        FileNotFoundError: If a model or the data are not there.
+    """
+    output = Path(settings.output)
+    if output.exists():
+        raise ValueError(f"{output} is there already; choose another output, or remove it")
+    for path in (settings.model, settings.ref_model, settings.reward_model):
+        if path is not None:
+            check_model(path)
+    measure = _Measure(settings)
+    size, count = settings.batch_size, len(measure.prompts)
+    starts = range(0, count, size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with output.open("x", encoding="utf-8") as file:
+        for start in track(starts, "responses", console=console, disable=not console.is_terminal):
+            for row in measure(range(start, min(start + size, count))):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    print(
+        f"{count} responses: {output}"
+        + (f" ({measure.prompts.dropped} prompts too long)" * (measure.prompts.dropped > 0))
+    )
+
+
+class _Measure:
+    """Models and prompts, loaded once; called with prompt numbers."""
+
+    def __init__(self, settings: Generate) -> None:
+        self.settings = settings
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        splits = settings.data(self.tokenizer)
+        data = splits.get("eval", splits["train"])
+        data = data.select(range(min(settings.num_prompts or len(data), len(data))))
+        self.prompts: PromptSet = encode_prompts(
+            data, self.tokenizer, max_prompt_length=settings.max_prompt_length, strict=settings.strict
+        )
+        self.policy = self._policy(settings.model)
+        self.reference = None if settings.ref_model is None else self._policy(settings.ref_model)
+        self.rewards = self._rewards()
+        self.numbers = generator(settings.seed, "generate")
+        self.uniforms = torch.rand(len(self.prompts), settings.sampling.max_new_tokens, generator=self.numbers)
+
+    def __call__(self, indices: range) -> list[dict[str, Any]]:
+        """Respond to some prompts and measure each response."""
+        prompts = self.prompts.batch(indices, self.device)
+        precision = torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
+        with precision, torch.no_grad():
+            return self._measured(prompts, indices)
+
+    def _measured(self, prompts: Prompts, indices: range) -> list[dict[str, Any]]:
+        sampling, pad_id = self.settings.sampling, self.prompts.pad_id
+        uniforms = self.uniforms[indices.start : indices.stop]
+        responses = sample(self.policy, prompts, sampling, uniforms, pad_id=pad_id)
+        columns = {"length": responses.response_mask.sum(1)}
+        if self.reference is not None:
+            rollout = complete(
+                prompts, responses, reference=self.reference, critic=None, sampling=sampling, budget=16_384
+            )
+            columns["kl"] = rollout.kl.sum(1)
+        columns |= {name: reward(prompts, responses).scores for name, reward in self.rewards.items()}
+        return measured_rows(prompts, decode(self.tokenizer, responses), columns)
+
+    def _policy(self, path: str) -> Policy:
+        model: nn.Module = load_policy(path)
+        return Policy(model.to(self.device), end_tokens(model, self.tokenizer))
+
+    def _rewards(self) -> dict[str, Reward]:
+        """Load the rewards that are asked for, by the name of their column."""
+        rewards: dict[str, Reward] = {}
+        if self.settings.reward_model is not None:
+            path, template = self.settings.reward_model, self.settings.reward_template
+            scorer: nn.Module = load_scorer(path)
+            rewards["score"] = RewardModel(
+                scorer.to(self.device),
+                AutoTokenizer.from_pretrained(path),
+                self.tokenizer,
+                template=None if template is None else named(template),
+            )
+        if self.settings.reward_function is not None:
+            function = named(self.settings.reward_function)
+            rewards[function.__name__] = FunctionReward(function, self.tokenizer)
+        return rewards

@@ -1,0 +1,148 @@
+"""`apportion ppo`: the settings of a run by name, from paths to models and data to a trained policy."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from apportion.data.files import Files, Source
+from apportion.train.arguments import PPOArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters of PEFT.
+
+    Attributes:
+        r: Rank; 0 trains the whole policy.
+        alpha: Scale.
+        target_modules: Layers that get one; PEFT's own choice for the architecture by default.
+    """
+
+    r: int = 0
+    alpha: int = 32
+    target_modules: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORecipe(PPOArguments):
+    """Everything that `apportion ppo` needs to know.
+
+    Attributes:
+        model: The policy to be trained: a folder or a hub name.
+        reward_model: A sequence classifier with one label: a folder or a hub name. Give this or `reward_function`.
+        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`.
+        reward_template: Dotted path of a function from prompt and response to the text that the reward model reads.
+        ref_model: What the policy is held to; by default the policy as it begins.
+        value_model: What the critic starts from; by default the reward model, or the policy where that cannot be.
+        data: Prompts: rows with a column `prompt`, and those held out. Files of your own, or a class by name.
+        eval_functions: Dotted paths of reward functions that only evaluate.
+        lora: Low-rank adapters.
+
+    Raises:
+        ValueError: If neither or both of `reward_model` and `reward_function` are given.
+    """
+
+    model: str
+    reward_model: str | None = None
+    reward_function: str | None = None
+    reward_template: str | None = None
+    ref_model: str | None = None
+    value_model: str | None = None
+    data: Source = field(default_factory=Files)
+    eval_functions: list[str] = field(default_factory=list)
+    lora: Lora = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        """Refuse two rewards, and none."""
+        super().__post_init__()
+        if (self.reward_model is None) == (self.reward_function is None):
+            given = f"reward_model is {self.reward_model} and reward_function {self.reward_function}"
+            raise ValueError(f"{given}; give exactly one of them")
+
+
+def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
+    """Train a policy as a recipe says.
+
+    Args:
+        recipe: The settings.
+        config_text: What the run folder keeps as config.yaml.
+
+    Raises:
+        ValueError: For anything in the recipe that does not fit together.
+        FileNotFoundError: If a model or data file is not there.
+    """
+    for path in (recipe.model, recipe.reward_model, recipe.ref_model, recipe.value_model):
+        if path is not None:
+            check_model(path)
+    reward = recipe.reward_model if recipe.reward_function is None else named(recipe.reward_function)
+    template = None if recipe.reward_template is None else named(recipe.reward_template)
+    eval_rewards = [named(path) for path in recipe.eval_functions]
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    data = recipe.data(tokenizer)
+
+    from apportion.train.ppo import PPOTrainer
+
+    PPOTrainer(
+        recipe,
+        model=recipe.model,
+        reward_model=reward,  # type: ignore[arg-type] # one of the two is given
+        reward_template=template,
+        ref_model=recipe.ref_model,
+        value_model=recipe.value_model,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        eval_rewards=eval_rewards,
+        peft_config=_peft_config(recipe.lora),
+        config_text=config_text,
+    ).train()
+
+
+def check_model(path: str) -> None:
+    """Refuse a path that can be neither a folder that is there nor a name on the hub.
+
+    Raises:
+        FileNotFoundError: If it looks like a folder and is not there, or is a folder without a model.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{path} holds no model (no config.json); give the folder that save_pretrained wrote")
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a hub name such as owner/model")
+
+
+def named(path: str) -> Callable[..., Any]:
+    """Import a function by its dotted path.
+
+    Args:
+        path: Such as `my_module.my_function`; modules in the working directory are found too.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If there is no such module or no such function in it.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None) if module else None
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} cannot be imported ({error}); give a dotted path such as my_module.my_function"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{path} is not a function; give a dotted path such as my_module.my_function")
+    return found
+
+
+def _peft_config(lora: Lora) -> Any:
+    """Make PEFT's configuration of ours; None where no adapters are wanted."""
+    if not lora.r:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
