@@ -5,11 +5,12 @@ import importlib
 import os
 import re
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def _run(name: str, argv: list[str]) -> int:
     argv = _with_configurations(name, argv)
     module = importlib.import_module(command.module)
     parser = _parser(name, command, module)
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args(list(_with_values(argv, set(_switches(getattr(module, command.settings))))))
     text = parser.dump(parsed, skip_none=False, skip_link_targets=False)
     try:
         chosen = parser.instantiate(parsed)
@@ -159,6 +160,21 @@ def _with_configurations(name: str, argv: list[str]) -> list[str]:
             word = f"--config={_section(word.removeprefix('--config='), name)}"
         done.append(word)
     return done
+
+
+def _switches(settings: type, prefix: str = "--") -> Iterator[str]:
+    """List the flags of settings that are true or false, those of nested groups included."""
+    for name, kind in get_type_hints(settings).items():
+        if kind is bool:
+            yield prefix + name
+        elif is_dataclass(kind):
+            yield from _switches(kind, f"{prefix}{name}.")
+
+
+def _with_values(argv: list[str], switches: set[str]) -> Iterator[str]:
+    """Read a bare switch as true: `--resume` is `--resume=true`."""
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        yield f"{word}=true" if word in switches and following.startswith("--") else word
 
 
 def _until_flag(words: list[str]) -> list[str]:
@@ -218,8 +234,8 @@ def _fail(program: str, message: str) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Tell whether an error was raised to be read by a user: a plain ValueError or OSError, or a diverged run."""
-    return isinstance(error, ValueError | OSError) or type(error).__name__ == "Diverged"
+    """Tell whether an error was raised to be read by a user: a plain ValueError or OSError, or one of our own."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("apportion.")
 
 
 def _quieten() -> None:
