@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
-from apportion import Credit, Rollout, Scores
+from apportion import Credit, CreditConfig, Rollout, Scores
 
 JUNK_ID = 7
 
@@ -142,3 +142,9 @@ def reference_row(rollout: Rollout, scores: Scores, row: int) -> reference.Row:
         attention=valid(scores.attention, mask, row),
         prefix_scores=[float(scores.prefix_scores[row, 0]), *valid(scores.prefix_scores[:, 1:], mask, row)],
     )
+
+
+def difference(config: CreditConfig) -> str:
+    """Name a configuration by what is not the default."""
+    changed = {name: value for name, value in vars(config).items() if value != getattr(CreditConfig(), name)}
+    return " ".join(f"{name}={value}" for name, value in changed.items()) or "default"

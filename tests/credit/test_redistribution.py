@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,6 +68,7 @@ def wanted_total(redistribution: Redistribution, scores: Scores, gamma: float, l
 
 @every_redistribution
 @given(mask=masks, seed=st.integers(0, 999))
+@settings(max_examples=25)
 def test_every_row_keeps_its_sum(redistribution: Redistribution, mask: Tensor, seed: int) -> None:
     """abc.md C2 and section 10 row 16, ma-rlhf.md section 4 row 15: at every length, mask and truncation."""
     rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
@@ -89,6 +90,7 @@ def test_long_rows_keep_their_sums(redistribution: Redistribution) -> None:
 @every_redistribution
 @pytest.mark.parametrize("per", ["token", "action"])
 @given(mask=masks, seed=st.integers(0, 99), gamma=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
+@settings(max_examples=25)
 def test_the_discounted_sum_is_that_of_the_score_at_the_end(
     redistribution: Redistribution, per: str, mask: Tensor, seed: int, gamma: float
 ) -> None:
@@ -107,6 +109,7 @@ def test_the_discounted_sum_is_that_of_the_score_at_the_end(
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @every_redistribution
 @given(mask=masks, seed=st.integers(0, 99))
+@settings(max_examples=25)
 def test_every_redistribution_equals_the_slow_loop(
     redistribution: Redistribution, gamma: float, mask: Tensor, seed: int
 ) -> None:
@@ -226,6 +229,7 @@ def test_shuffles_are_even_and_differ_between_seeds() -> None:
 
 @every_redistribution
 @given(mask=masks, seed=st.integers(0, 99), left=st.integers(0, 3), right=st.integers(0, 3))
+@settings(max_examples=25)
 def test_padding_changes_nothing(
     redistribution: Redistribution, mask: Tensor, seed: int, left: int, right: int
 ) -> None:

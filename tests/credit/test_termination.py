@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -109,6 +109,7 @@ def test_varied_perplexities_give_many_actions() -> None:
 
 @every_condition
 @given(mask=masks, seed=st.integers(0, 99))
+@settings(max_examples=25)
 def test_every_condition_numbers_every_row_soundly(condition: TerminationCondition, mask: Tensor, seed: int) -> None:
     """ma-rlhf.md section 0, for rows of different lengths, with holes, of one token, or of padding alone."""
     rollout = random_rollout(mask, seed, grid=0.25)
@@ -126,6 +127,7 @@ def test_every_condition_numbers_every_row_soundly(condition: TerminationConditi
 
 @every_condition
 @given(mask=masks, seed=st.integers(0, 99), left=st.integers(0, 3), right=st.integers(0, 3))
+@settings(max_examples=25)
 def test_padding_and_holes_do_not_move_boundaries(
     condition: TerminationCondition, mask: Tensor, seed: int, left: int, right: int
 ) -> None:

@@ -1,0 +1,56 @@
+"""Random numbers that belong to a row."""
+
+from dataclasses import replace
+
+import torch
+
+from apportion.batch import rows
+from apportion.credit.row_keys import row_keys
+from batches import mask_of_lengths, padded, random_rollout
+
+
+def test_keys_belong_to_the_row_and_not_to_the_batch_or_its_padding() -> None:
+    rollout = random_rollout(mask_of_lengths(5, 3, 0))
+    keys = row_keys(rollout, 8, seed=1)
+    assert torch.equal(row_keys(padded(rollout, left=2, right=3, prompt_left=4), 8, seed=1), keys)
+    assert torch.equal(row_keys(rows(rollout, slice(1, 2)), 8, seed=1), keys[1:2])
+
+
+def test_fewer_numbers_are_the_first_of_more() -> None:
+    rollout = random_rollout(mask_of_lengths(5, 3))
+    assert torch.equal(row_keys(rollout, 3, seed=1), row_keys(rollout, 9, seed=1)[:, :3])
+
+
+def test_the_seed_and_every_token_and_its_place_count() -> None:
+    rollout = random_rollout(mask_of_lengths(5, 5))
+    swapped = replace(rollout, response_ids=rollout.response_ids.flip(1))
+    longer_prompt = replace(rollout, prompt_ids=rollout.prompt_ids + 1)
+    keys = [row_keys(r, 4, seed=1) for r in (rollout, swapped, longer_prompt)] + [row_keys(rollout, 4, seed=-(2**70))]
+    assert len(torch.cat(keys).unique()) == 4 * 2 * 4
+
+
+def test_a_token_moved_from_prompt_to_response_gives_other_keys() -> None:
+    rollout = random_rollout(mask_of_lengths(5))
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    wide = torch.zeros(1, 5)
+    splits = [
+        replace(
+            rollout,
+            prompt_ids=ids[:, :cut],
+            prompt_mask=mask[:, :cut],
+            response_ids=ids[:, cut:],
+            response_mask=mask[:, cut:],
+            **{name: wide.new_zeros(1, 9 - cut) for name in ("old_logprobs", "ref_logprobs", "values")},
+        )
+        for cut in (3, 4)
+    ]
+    assert (row_keys(splits[0], 4, seed=0) != row_keys(splits[1], 4, seed=0)).all()
+
+
+def test_keys_are_spread_evenly() -> None:
+    """Each of 64 bits is set in half of 64,000 numbers, within five standard deviations."""
+    keys = row_keys(random_rollout(mask_of_lengths(*[3] * 1000)), 64, seed=0)
+    assert len(keys.unique()) == keys.numel()
+    set_bits = torch.stack([((keys >> bit) & 1).double().mean() for bit in range(64)])
+    assert ((set_bits - 0.5).abs() < 5 * 0.5 / 64000**0.5).all()
