@@ -8,13 +8,15 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from apportion.sampling import Sampling, sampled_logits
 
@@ -31,7 +33,11 @@ def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
 
     Returns:
         The model, in evaluation mode.
+
+    Raises:
+        ValueError: If its weights would have to be unpickled.
     """
+    _refuse_pickles(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
 
 
@@ -48,10 +54,9 @@ def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If the model was saved with another number of labels.
+        ValueError: If the model was saved with another number of labels, or its weights would have to be unpickled.
     """
-    from transformers import AutoConfig
-
+    _refuse_pickles(path)
     config = AutoConfig.from_pretrained(path)
     is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
     if is_classifier and config.num_labels != 1:
@@ -62,7 +67,19 @@ def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
     return model.eval()
 
 
-def scorer_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+def _refuse_pickles(path: str) -> None:
+    """Refuse what transformers would unpickle all the same: a folder without safetensors, and such adapters."""
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise ValueError(f"{path} holds no weights as safetensors; save the model again, pickled files are not opened")
+    missing_is_none: dict[str, Any] = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    has_adapters = cached_file(path, "adapter_config.json", **missing_is_none) is not None
+    if has_adapters and cached_file(path, "adapter_model.safetensors", **missing_is_none) is None:
+        raise ValueError(f"the adapters of {path} are not safetensors; save them again, pickled files are not opened")
+
+
+def scorer_from_policy(policy: nn.Module) -> PreTrainedModel:
     """Make a critic of a policy in memory: a copy of its trunk under a head that says zero.
 
     Args:
@@ -70,12 +87,17 @@ def scorer_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         A sequence classifier with one label.
+
+    Raises:
+        ValueError: If the policy has adapters.
     """
-    config = copy.deepcopy(policy.config)
+    source = unwrapped(policy)
+    if source is not policy:
+        raise ValueError("a critic cannot be copied from a policy with adapters; give value_model, or a peft_config")
+    config = copy.deepcopy(source.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-    trunk, source = (getattr(m, m.base_model_prefix) for m in (model, policy))
-    trunk.load_state_dict(source.state_dict())
+    model = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype)
+    model.base_model.load_state_dict(source.base_model.state_dict())
     nn.init.zeros_(score_head(model).weight)
     return model.eval()
 
@@ -113,8 +135,7 @@ def hidden_states(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, 
     Returns:
         (B, L, D) in the model's dtype. Last hidden states, after the final norm.
     """
-    base = unwrapped(model)
-    trunk = getattr(base, base.base_model_prefix)
+    trunk = unwrapped(model).base_model
     return trunk(**inputs(trunk, ids, mask), use_cache=False).last_hidden_state
 
 
@@ -138,7 +159,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.eos_ids = eos_ids
-        # Together they give logits: all of a model but its head, and the head; where the head is not known, all at once.
+        # Together they give logits: all of a model but its head, and the head.
         self._trunk, self._project = _split(unwrapped(model))
 
     def forward(
@@ -251,8 +272,8 @@ def _split(model: PreTrainedModel) -> tuple[Callable[..., Tensor], Callable[[Ten
 
     Returns:
         trunk: From (model, ids, mask) to (B, L, D), as `hidden_states`.
-        project: From (N, D) to (N, V). For a model that treats its logits in a way that is not known here, `trunk` gives
-            its logits and `project` leaves them alone: right, and as large as the model makes them.
+        project: From (N, D) to (N, V). For a model that treats its logits in a way that is not known here, `trunk`
+            gives its logits and `project` leaves them alone: right, and as large as the model makes them.
     """
     project = _projection(model)
     parameter = next(model.parameters())
@@ -278,9 +299,12 @@ def _projection(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0) if isinstance(scale, float | int) else 1.0
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings; give a causal language model")
 
     def project(hidden: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(hidden)
+        logits = head(hidden)
         logits = logits if scale == 1 else logits * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

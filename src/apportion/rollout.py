@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -117,7 +118,9 @@ class _Decoder:
         """Drop texts that have ended."""
         self.mask, self.ids = self.mask[rows], self.ids[rows]
         if self.cache is not None:
-            self.cache.batch_select_indices(rows.nonzero()[:, 0])
+            # Made for beam search; unlike batch_select_indices every kind of cache layer has it, recurrent ones too.
+            index: Any = rows.nonzero()[:, 0]
+            self.cache.reorder_cache(index)
 
     def _run(self, ids: Int[Tensor, "N L"]) -> Float[Tensor, "N V"]:
         options: dict = {"input_ids": ids, "attention_mask": self.mask.long()}

@@ -69,7 +69,7 @@ def cast_roles(
     for learner in (model, value_model):
         learner.train(args.gradient_checkpointing)  # dropout is off; transformers checkpoints only in training mode
         if args.gradient_checkpointing:
-            unwrapped(learner).gradient_checkpointing_enable({"use_reentrant": False})
+            unwrapped(learner).activation_checkpointing_enable({"use_reentrant": False})
     reference = policy if ref_model is None else Policy(ref_model.eval().requires_grad_(False), eos_ids)
     switch = partial(adapters_off, model) if ref_model is None else torch.no_grad
     return Roles(policy=policy, critic=critic, reference=reference, as_reference=switch)
