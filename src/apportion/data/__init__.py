@@ -1,0 +1,1 @@
+"""Prompts, texts and preference pairs: one module a task, and files that a user brings."""

@@ -1,0 +1,263 @@
+"""What `sft` and `reward` share: the settings under their usual names, the folder, and the call of TRL's trainer.
+
+Nothing here unpickles a file that it was given: models load from safetensors. To resume, transformers' trainer reads
+its own optimizer.pt, scheduler.pt and rng_state.pth by `torch.load(weights_only=True)`, which builds tensors and plain
+containers and refuses everything else; a checkpoint whose weights are not safetensors is refused before that.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from apportion.data.files import Files, Source
+from apportion.train.launch import check_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedRecipe:
+    """How one of TRL's trainers runs. The names are those of `transformers.TrainingArguments` and TRL's configurations.
+
+    Attributes:
+        model: A folder or a hub name; safetensors only.
+        data: The rows, and those held out. Files of your own, or a class by name.
+        output_dir: Where the model, its tokenizer and metrics.json go; it has to be empty, or `resume` set.
+        resume: Continue from the newest checkpoint in `output_dir`; without one, start.
+        seed: Decides the order of rows and the weights of a new head.
+        pad_token: Sets the tokenizer's padding token where it has none.
+        learning_rate: Peak.
+        lr_scheduler_type: Any schedule of `transformers.get_scheduler`.
+        warmup_ratio: Part of the steps over which the learning rate rises from zero.
+        num_train_epochs: Passes over the rows.
+        max_steps: Steps, whatever the epochs; -1 to go by epochs.
+        per_device_train_batch_size: Rows a step, device and accumulation.
+        per_device_eval_batch_size: Rows at once in evaluation.
+        gradient_accumulation_steps: Batches a step.
+        max_length: Longest sequence in tokens, prompt included; None for no limit.
+        weight_decay: AdamW's.
+        adam_beta1: AdamW's first decay.
+        adam_beta2: AdamW's second decay.
+        max_grad_norm: Gradients are clipped to this norm.
+        bf16: Compute in bfloat16 where it is safe (autocast).
+        gradient_checkpointing: Trade time for memory.
+        logging_steps: Log the loss every so many steps.
+        eval_steps: Evaluate on the held-out rows every so many steps; 0 for the end only.
+        save_steps: Write a checkpoint every so many steps; 0 for none.
+        save_total_limit: Checkpoints kept.
+        log_with: Tracker ("tensorboard", "trackio", "wandb", ...); None for none.
+        extra: Anything else that TRL's configuration knows, by its name there.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    model: str
+    data: Source = field(default_factory=Files)
+    output_dir: str
+    resume: bool = False
+    seed: int = 0
+    pad_token: str | None = None
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int | None = 1024
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 500
+    save_total_limit: int = 1
+    log_with: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_total_limit",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name in ("eval_steps", "save_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 for never, or a number of steps")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; give a part of the steps in [0, 1)")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}; give one above 0"
+            )
+        if taken := sorted({f.name for f in fields(self)} & self.extra.keys()):
+            raise ValueError(
+                f"extra holds {', '.join(taken)}, which are settings of their own; give them outside of extra"
+            )
+
+    def arguments(self, *, evaluate: bool) -> dict[str, Any]:
+        """Translate the settings into the arguments of TRL's configurations.
+
+        Args:
+            evaluate: Whether there are held-out rows.
+        """
+        same = ("output_dir", "seed", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps")
+        same += (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+        )
+        same += (
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "max_grad_norm",
+            "bf16",
+            "logging_steps",
+            "save_total_limit",
+        )
+        on_cpu = not torch.accelerator.is_available()
+        return {name: getattr(self, name) for name in same} | {
+            # A float below 1 is a part of the steps; `warmup_ratio` is gone from transformers 5.
+            "warmup_steps": self.warmup_ratio,
+            "save_strategy": "steps" if self.save_steps else "no",
+            "save_steps": self.save_steps or 1,
+            "eval_strategy": "steps" if evaluate and self.eval_steps else "no",
+            "eval_steps": self.eval_steps or None,
+            "report_to": self.log_with or "none",
+            "use_cpu": on_cpu,
+            "dataloader_pin_memory": not on_cpu,
+            "disable_tqdm": not sys.stderr.isatty(),
+            "model_init_kwargs": {"use_safetensors": True},
+            **self.extra,
+        }
+
+
+def configuration(kind: type, recipe: HostedRecipe, **arguments: Any) -> Any:
+    """Make TRL's configuration, and let it say what it refuses.
+
+    Args:
+        kind: `SFTConfig` or `RewardConfig`.
+        recipe: The settings.
+        **arguments: Arguments of `kind`; `recipe.extra` goes over them.
+
+    Raises:
+        ValueError: If `extra` holds a name or a value that TRL does not accept.
+    """
+    names = {f.name for f in fields(kind)}
+    if unknown := sorted(recipe.extra.keys() - names):
+        raise ValueError(f"extra holds {', '.join(unknown)}, which {kind.__name__} does not know")
+    # Renamed in transformers 5.20; the old name, whose default TRL sets to true, warns.
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return kind(**({checkpointing: recipe.gradient_checkpointing} | arguments | recipe.extra))
+
+
+def prepared_folder(recipe: HostedRecipe) -> str | None:
+    """Check the output folder, and find the checkpoint to go on from.
+
+    Returns:
+        A checkpoint, or None to start.
+
+    Raises:
+        ValueError: If the folder is not empty and `resume` is off, cannot be written, or its checkpoint holds weights
+            that are not safetensors.
+    """
+    folder = Path(recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+    if occupied and not recipe.resume:
+        raise ValueError(f"output_dir {folder} is not empty; give another, or resume what it holds (--resume true)")
+    checkpoint = get_last_checkpoint(folder) if recipe.resume else None
+    if checkpoint and not list(Path(checkpoint).glob("*.safetensors")):
+        raise ValueError(f"checkpoint {checkpoint} holds no safetensors weights; others are not loaded")
+    return checkpoint
+
+
+def load_tokenizer(recipe: HostedRecipe) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model.
+
+    Raises:
+        FileNotFoundError: If there is no such model folder.
+        ValueError: If it has no padding token and the recipe sets none.
+    """
+    check_model(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    if recipe.pad_token is not None:
+        if recipe.pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token {recipe.pad_token!r} is not in the vocabulary of {recipe.model}")
+        tokenizer.pad_token = recipe.pad_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {recipe.model} has no padding token; give pad_token, a token it knows")
+    return tokenizer
+
+
+def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> dict[str, float]:
+    """Run one of TRL's trainers, save the model with its tokenizer, and write metrics.json.
+
+    Args:
+        trainer: Ready to train.
+        checkpoint: Where to go on, or None.
+        held_out: Further numbers for metrics.json.
+
+    Returns:
+        What was written: `train/...` and, with held-out rows, `eval/...`, as transformers' trainer names them.
+    """
+    result = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    # transformers' trainer switches the cache off; saved like that, the model would generate in quadratic time.
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
+    trainer.save_model()
+    metrics = {**result, **evaluation, **held_out}
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / "metrics.json"
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
+
+
+def accepted_format(rows: Dataset, formats: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Find the first of several formats whose columns are all there.
+
+    Raises:
+        ValueError: If there is none; with the columns there are.
+    """
+    for columns in formats:
+        if set(columns) <= set(rows.column_names):
+            return columns
+    wanted = ", or ".join(" and ".join(map(repr, columns)) for columns in formats)
+    raise ValueError(f"the data need the columns {wanted}; they have {', '.join(rows.column_names)}")
+
+
+@contextmanager
+def quiet_data() -> Iterator[None]:
+    """Show progress bars of `datasets` in a terminal only, and leave the setting as it was."""
+    shown = not are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
