@@ -103,7 +103,7 @@ def is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     Returns:
         (B, T) bool. At most one True a row.
     """
-    return mask & (ranks(mask) == mask.sum(1, keepdim=True) - 1)
+    return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
 def compact(x: Shaped[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:

@@ -72,6 +72,8 @@ class Redistribution(ABC):
         self._check(rollout, scores)
         mask = rollout.response_mask
         spread = self.shares(rollout, scores) * _discount_to_end(mask, gamma, steps)
+        if self.weight == 1.0:
+            return spread
         return self.weight * spread + (1 - self.weight) * at_end(scores.scores, mask)
 
     def _check(self, rollout: Rollout, scores: Scores) -> None:
