@@ -187,7 +187,7 @@ def test_nothing_valid_costs_nothing(ratio: Granularity) -> None:
 
 
 @every_ratio
-@pytest.mark.parametrize("distance", [-200.0, 200.0])
+@pytest.mark.parametrize("distance", [-math.inf, -200.0, 200.0])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_a_policy_far_from_its_sampler_gives_finite_losses_and_gradients(
     ratio: Granularity, distance: float, advantage: float
