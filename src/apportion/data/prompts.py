@@ -106,13 +106,17 @@ def encode_prompts(
     )
 
 
-def _encode(text: str | list, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int]:
+def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int]:
     """Encode one prompt; refuse an empty one, to which there is nothing to respond."""
     if not text or (isinstance(text, str) and not text.strip()):
         raise ValueError(f"the prompt of row {row} is empty; drop such rows")
+    if not isinstance(text, str | list):
+        raise ValueError(f"the prompt of row {row} is {text!r}; give text or a list of chat messages")
     if isinstance(text, str):
         ids = list(tokenizer(text)["input_ids"])
         closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+        if not ids:
+            raise ValueError(f"the prompt of row {row} has no tokens; drop such rows")
         return ids[:-1] if closed else ids
     chat: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)
     return list(chat["input_ids"])

@@ -51,15 +51,12 @@ class FunctionReward:
             raise ValueError(
                 f"the redistribution needs {wanted} of a reward model; {_name(self.function)} is a function"
             )
-        texts = decode(self.tokenizer, responses)
-        scores = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
-        if len(scores) != len(texts):
-            raise ValueError(f"{_name(self.function)} returned {len(scores)} scores for {len(texts)} responses")
-        return Scores(
-            scores=checked(torch.tensor([float(score) for score in scores]), _name(self.function)).to(
-                responses.response_ids.device
-            )
-        )
+        texts, name = decode(self.tokenizer, responses), _name(self.function)
+        answer = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
+        if len(answer) != len(texts):
+            raise ValueError(f"{name} returned {len(answer)} scores for {len(texts)} responses")
+        scores = torch.tensor([_number(score, row, name) for row, score in enumerate(answer)])
+        return Scores(scores=checked(scores, name).to(responses.response_ids.device))
 
 
 class RewardModel:
@@ -213,6 +210,14 @@ def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:
         value = float(scores[bad[0]])
         raise ValueError(f"{source} returned {value} for response {bad[0]} ({len(bad)} such of {len(scores)}); mend it")
     return scores
+
+
+def _number(score: Any, row: int, source: str) -> float:
+    """Read one score, which may be a tensor of one element."""
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} returned {score!r} for response {row}; return a number for each") from error
 
 
 def _name(function: Any) -> str:
