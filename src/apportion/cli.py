@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -173,8 +174,8 @@ def _switches(settings: type, prefix: str = "--") -> Iterator[str]:
 
 def _with_values(argv: list[str], switches: set[str]) -> Iterator[str]:
     """Read a bare switch as true: `--resume` is `--resume=true`."""
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        yield f"{word}=true" if word in switches and following.startswith("--") else word
+    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
+        yield f"{word}=true" if word in switches and following.startswith("-") else word
 
 
 def _until_flag(words: list[str]) -> list[str]:
