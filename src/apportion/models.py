@@ -190,18 +190,56 @@ class Policy(nn.Module):
         ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
         first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
         hidden = self._trunk(self.model, ids, mask)[:, first : first + width][response_mask]
-        places = (response_mask.cumsum(1) - 1)[response_mask]
-        tokens = response_ids[response_mask]
-
-        def logprobs(hidden: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-            logits = sampled_logits(
-                self._project(hidden), sampling, places=places, eos_ids=self.eos_ids, chosen=tokens, truncate=truncate
-            )
-            return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-
-        chunk = max(1, CHUNK_ELEMENTS // unwrapped(self.model).config.get_text_config().vocab_size)
-        flat = _by_chunks(logprobs, (hidden, tokens, places), chunk)
+        flat = token_logprobs(
+            hidden,
+            response_ids[response_mask],
+            (response_mask.cumsum(1) - 1)[response_mask],
+            self._project,
+            sampling,
+            eos_ids=self.eos_ids,
+            vocab_size=unwrapped(self.model).config.get_text_config().vocab_size,
+            truncate=truncate,
+        )
         return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, flat)
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "N D"],
+    tokens: Int[Tensor, " N"],
+    places: Int[Tensor, " N"],
+    project: Callable[[Tensor], Tensor],
+    sampling: Sampling,
+    *,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+    truncate: bool = True,
+) -> Float[Tensor, " N"]:
+    """Compute log-probabilities of tokens from the hidden states before them, without all their logits at once.
+
+    Logits are formed for `CHUNK_ELEMENTS` elements at a time; where there are several chunks they are formed again in
+    the backward pass. So memory does not grow with N times the vocabulary.
+
+    Args:
+        hidden: (N, D) float. Last hidden state at the position that predicts each token.
+        tokens: (N) int64.
+        places: (N) int64. Place of each token in its response, from 0.
+        project: From hidden states to logits.
+        sampling: The distribution.
+        eos_ids: Tokens that end a response.
+        vocab_size: Width of the logits.
+        truncate: Whether top-k and top-p apply (see `sampled_logits`).
+
+    Returns:
+        (N) float32. In nats.
+    """
+
+    def logprobs(hidden: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        logits = sampled_logits(
+            project(hidden), sampling, places=places, eos_ids=eos_ids, chosen=tokens, truncate=truncate
+        )
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+    return _by_chunks(logprobs, (hidden, tokens, places), max(1, CHUNK_ELEMENTS // vocab_size))
 
 
 class Critic(nn.Module):
