@@ -93,9 +93,7 @@ def policy_loss(
         Schulman et al., 2017 (https://arxiv.org/abs/1707.06347), equation 7; MA-RLHF, section 3.2.
     """
     ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
-    # Masked here and not only in the mean: a NaN of the padding would come back as a gradient, 0 * NaN.
-    advantages = torch.where(mask, advantages.float(), 0)
-    weights = advantages if ratio == "token" or macro_ids is None else _of_actions(advantages, macro_ids)
+    weights = advantages.float() if ratio == "token" or macro_ids is None else _of_actions(advantages, macro_ids)
     losses = torch.maximum(-weights * ratios, -weights * ratios.clamp(1 - cliprange, 1 + cliprange))
     return _mean_over(losses, steps, denominator)
 
@@ -138,7 +136,7 @@ def value_loss(
 
 def _of_actions(x: Float[Tensor, "B T"], macro_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B M"]:
     """Average a token quantity over each macro action."""
-    return sum_over_actions(x, macro_ids) / macro_lengths(macro_ids).clamp(min=1)
+    return sum_over_actions(x.float(), macro_ids) / macro_lengths(macro_ids).clamp(min=1)
 
 
 def _mean_over(
