@@ -85,6 +85,8 @@ class PPOArguments:
         for name in ("num_steps", "batch_size", "max_prompt_length", "save_total_limit"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1")
+        if self.eval_batch_size is not None and self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size is {self.eval_batch_size}; choose at least 1, or None for batch_size")
         for name in ("eval_steps", "save_steps", "warmup_steps", "num_logged_samples", "weight_decay"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} is {value}; choose at least 0")

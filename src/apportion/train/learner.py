@@ -5,14 +5,25 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from apportion.models import Critic, Policy, adapters_off, score_head, unwrapped, without_dropout
+from apportion.models import (
+    Critic,
+    Policy,
+    adapters_off,
+    load_scorer,
+    score_head,
+    scorer_from_policy,
+    unwrapped,
+    without_dropout,
+)
 from apportion.train.arguments import PPOArguments
 from apportion.train.checkpoint import flatten_state, random_state, restore_state, set_random_state
 from apportion.update.ppo import Learner
@@ -55,13 +66,17 @@ def cast_roles(
         The roles.
 
     Raises:
-        ValueError: If the vocabularies of policy and reference, or of policy and critic, differ.
+        ValueError: If the vocabularies of policy and reference, or of policy and critic, differ, or the reference is
+            the policy itself.
     """
+    if ref_model is model:
+        raise ValueError(
+            "ref_model is the policy itself, which learns; give another, or leave it out for a frozen copy"
+        )
     _check_vocabulary("reference", ref_model, model)
     _check_vocabulary("critic", value_model, model)
     eos_ids = end_tokens(model, tokenizer)
-    with_adapters = hasattr(model, "disable_adapter")
-    if ref_model is None and not with_adapters:
+    if ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
     policy, critic = Policy(without_dropout(model), eos_ids), Critic(without_dropout(value_model))
     if args.zero_value_head:
@@ -73,6 +88,49 @@ def cast_roles(
     reference = policy if ref_model is None else Policy(ref_model.eval().requires_grad_(False), eos_ids)
     switch = partial(adapters_off, model) if ref_model is None else torch.no_grad
     return Roles(policy=policy, critic=critic, reference=reference, as_reference=switch)
+
+
+def critic_model(
+    value_model: str | nn.Module | None,
+    reward_model: str | nn.Module | Callable,
+    policy: str | nn.Module,
+    *,
+    same_tokens: bool,
+) -> nn.Module:
+    """Load or copy what the critic starts from.
+
+    Args:
+        value_model: The user's choice: a model to be used as it is, or a path.
+        reward_model: What the critic starts from otherwise, if it is a model of the policy's vocabulary.
+        policy: What its trunk starts from if not.
+        same_tokens: Whether reward model and policy have one vocabulary.
+
+    Returns:
+        A sequence classifier; one that is made here learns in float32.
+
+    Raises:
+        ValueError: If the critic is the reward model itself, which would change as the critic learns.
+    """
+    if isinstance(value_model, nn.Module):
+        if value_model is reward_model:
+            raise ValueError("value_model is the reward model itself, which must not learn; leave it out for a copy")
+        return value_model
+    start = value_model or (reward_model if same_tokens else None)
+    if isinstance(start, nn.Module):
+        return copy.deepcopy(start).float().requires_grad_(True)
+    if isinstance(start, str):
+        return load_scorer(start, dtype="float32")
+    return load_scorer(policy, dtype="float32") if isinstance(policy, str) else scorer_from_policy(policy).float()
+
+
+def with_adapters(model: nn.Module, config: Any, seed: int) -> nn.Module:
+    """Put PEFT's adapters into a model; their random beginning is a function of the run's seed."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inner: Any = model
+        return get_peft_model(inner, config)
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -91,6 +149,30 @@ def _check_vocabulary(name: str, other: nn.Module | None, policy: nn.Module) -> 
         raise ValueError(
             f"the {name} has a vocabulary of {theirs} tokens, the policy of {ours}; use models that share one"
         )
+
+
+def open_accelerator(args: PPOArguments) -> Accelerator:
+    """Open the devices that accelerate was launched with; on a machine without any, the CPU.
+
+    Raises:
+        ValueError: If it was launched with something else than one process or DDP.
+    """
+    precision = "bf16" if args.bf16 else "no"
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        # The precision of an earlier trainer of this process; accelerate would hold on to it, and refuse ours.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=args.log_with,
+        project_dir=args.output_dir,
+        cpu=not torch.accelerator.is_available(),
+    )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ValueError(
+            f"accelerate was launched with {accelerator.distributed_type.value}; PPOTrainer runs on one process or "
+            "with DDP (torchrun, accelerate launch --multi_gpu)"
+        )
+    return accelerator
 
 
 def make_learner(module: nn.Module, learning_rate: float, args: PPOArguments, accelerator: Accelerator) -> Learner:

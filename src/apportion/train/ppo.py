@@ -1,14 +1,11 @@
 """PPO with credit assignment: the loop, one line a stage."""
 
-import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -16,16 +13,25 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
-from apportion.models import load_policy, load_scorer, scorer_from_policy, unwrapped
+from apportion.masked import masked_var
+from apportion.models import load_policy, load_scorer, unwrapped
 from apportion.rollout import Responses, complete, sample
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.callbacks import Callbacks
 from apportion.train.evaluation import Evaluation
-from apportion.train.learner import TrainingState, cast_roles, make_learner, make_schedule
+from apportion.train.learner import (
+    TrainingState,
+    cast_roles,
+    critic_model,
+    make_learner,
+    make_schedule,
+    open_accelerator,
+    with_adapters,
+)
 from apportion.train.metrics import batch_metrics
-from apportion.train.progress import progress
+from apportion.train.progress import Stopwatch, progress
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.update.ppo import gathered, summed, update
 
@@ -79,7 +85,7 @@ class PPOTrainer:
     ) -> None:
         self.args = args
         self.config_text = config_text or to_yaml(args)
-        self.accelerator = _accelerator(args)
+        self.accelerator = open_accelerator(args)
         if args.batch_size % (processes := self.accelerator.num_processes):
             raise ValueError(f"batch_size is {args.batch_size}, not a multiple of the {processes} processes")
         self.tokenizer = processing_class or _tokenizer_of(model)
@@ -87,15 +93,16 @@ class PPOTrainer:
         self.prompts = encode_prompts(train_dataset, self.tokenizer, **encode)
         eval_prompts = None if eval_dataset is None else encode_prompts(eval_dataset, self.tokenizer, **encode)
 
-        policy_model = load_policy(model) if isinstance(model, str) else model
+        # What learns is held in float32: in bfloat16 a step of a usual learning rate is lost in rounding.
+        dtype = "float32" if peft_config is None else "auto"
+        policy_model = load_policy(model, dtype=dtype) if isinstance(model, str) else model
         reward_tokenizer = reward_processing_class or (
             _tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
         )
-        value_model = _critic_model(value_model, reward_model, reward_tokenizer, self.tokenizer, model)
+        same_tokens = same_vocabulary(reward_tokenizer, self.tokenizer)
+        value_model = critic_model(value_model, reward_model, model, same_tokens=same_tokens)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            policy_model = get_peft_model(policy_model, peft_config)
+            policy_model = with_adapters(policy_model, peft_config, args.seed)
         ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
         roles = cast_roles(policy_model, ref_model, value_model, self.tokenizer, args)
         self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
@@ -203,7 +210,7 @@ class PPOTrainer:
             return FunctionReward(reward, self.tokenizer)
         model = load_scorer(reward) if isinstance(reward, str) else reward
         return RewardModel(
-            model.to(self.accelerator.device).requires_grad_(False),
+            model.to(self.accelerator.device),
             tokenizer,
             self.tokenizer,
             budget=self.args.ppo.micro_batch_tokens,
@@ -263,7 +270,8 @@ class PPOTrainer:
     def _scaled(self, scores: Scores, rollout: Rollout) -> Scores:
         """Scores in the units that are trained on: of unit deviation if asked, less the price of not having ended."""
         if self.score_scale is None:
-            deviation = float(gathered(self.accelerator, scores.scores).std())
+            everyone = gathered(self.accelerator, scores.scores)
+            deviation = float(masked_var(everyone, torch.ones_like(everyone, dtype=torch.bool)).sqrt())
             self.score_scale = 1 / deviation if deviation > 0 else 1.0
         scale, penalty = self.score_scale, self.args.missing_eos_penalty
         scores = scores.map(lambda x: x * scale)
@@ -322,7 +330,8 @@ class PPOTrainer:
         evaluated = self.evaluation() if due and self.evaluation is not None else {}
         self._log(measured | metrics | evaluated)
         self.callbacks.step_end(step, self.last)
-        if (args.save_steps and step % args.save_steps == 0) or step == args.num_steps or self.callbacks.save:
+        asked = self.callbacks.save
+        if asked or (args.save_steps and step % args.save_steps == 0) or step == args.num_steps:
             self._save()
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -352,26 +361,6 @@ class PPOTrainer:
         return summed(self.accelerator, x)
 
 
-class Stopwatch:
-    """Seconds of each stage of a step; devices are waited for."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
-        begin = _now()
-        yield
-        self.times[name] = _now() - begin
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while: gradient checkpointing would switch its cache off."""
@@ -384,42 +373,9 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _accelerator(args: PPOArguments) -> Accelerator:
-    """Open the devices that accelerate was launched with; on a machine without any, the CPU."""
-    accelerator = Accelerator(
-        mixed_precision="bf16" if args.bf16 else "no",
-        log_with=args.log_with,
-        project_dir=args.output_dir,
-        cpu=not torch.accelerator.is_available(),
-    )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ValueError(
-            f"accelerate was launched with {accelerator.distributed_type.value}; PPOTrainer runs on one process or "
-            "with DDP (torchrun, accelerate launch --multi_gpu)"
-        )
-    return accelerator
-
-
 def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
     path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
     if not path:
         raise ValueError("the model came without a path; give its tokenizer as processing_class")
     return AutoTokenizer.from_pretrained(path)
-
-
-def _critic_model(
-    value_model: str | nn.Module | None,
-    reward_model: str | nn.Module | RewardFunction,
-    reward_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: str | PreTrainedModel,
-) -> nn.Module:
-    """Load or copy what the critic starts from."""
-    if isinstance(value_model, nn.Module):
-        return value_model
-    if isinstance(value_model, str):
-        return load_scorer(value_model)
-    if isinstance(reward_model, str | nn.Module) and same_vocabulary(reward_tokenizer, tokenizer):
-        return load_scorer(reward_model) if isinstance(reward_model, str) else copy.deepcopy(reward_model)
-    return load_scorer(policy) if isinstance(policy, str) else scorer_from_policy(policy)

@@ -1,8 +1,10 @@
-"""The progress of a run in a terminal: updates, their rate, the time left, and how the score stands."""
+"""How a run gets on: its progress in a terminal, and the seconds of each stage."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -39,3 +41,23 @@ def progress(total: int, done: int, wanted: bool = True) -> Iterator[Callable[..
             bar.update(task, advance=1, rate=f"{1 / max(seconds, 1e-9):.2g} updates/s", status=status)
 
         yield show
+
+
+class Stopwatch:
+    """Seconds of each stage of a step; devices are waited for."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        begin = _now()
+        yield
+        self.times[name] = _now() - begin
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
