@@ -2,16 +2,17 @@
 
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from importlib.resources import files
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,87 +114,115 @@ def _run(name: str, argv: list[str]) -> int:
     """Parse the settings of a command and call it."""
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name!r}{_nearest(name, COMMANDS)}; one of {', '.join(COMMANDS)}")
-    sys.path.insert(0, os.getcwd())  # a user's own classes and functions, by dotted path
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own classes and functions, by dotted path
     _quieten()
     command = COMMANDS[name]
-    argv = _with_configurations(name, argv)
+    configurations, argv = _with_configurations(name, argv)
     module = importlib.import_module(command.module)
-    parser = _parser(name, command, module)
-    parsed = parser.parse_args(list(_with_values(argv, set(_switches(getattr(module, command.settings))))))
-    text = parser.dump(parsed, skip_none=False, skip_link_targets=False)
-    try:
-        chosen = parser.instantiate(parsed)
-    except ValueError as error:
-        raise ValueError(_reason(str(error), error)) from error
     settings = getattr(module, command.settings)
+    parser = _parser(name, command, settings)
+    try:
+        parsed = parser.parse_args([*configurations, *_with_values(argv, command, settings)])
+        text = parser.dump(parsed, skip_none=False, skip_link_targets=False)
+        chosen = parser.instantiate(parsed)
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(_reason(str(error), parser._option_string_actions)) from error
     given = settings(**{f.name: getattr(chosen, f.name) for f in fields(settings)})
     function = getattr(module, command.function)
     function(given, text) if command.keeps_config else function(given)
     return 0
 
 
-def _parser(name: str, command: Command, module: Any) -> Any:
+def _parser(name: str, command: Command, settings: type) -> Any:
     """Make the parser of a command from the dataclass of its settings."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-            sys.exit(_fail(self.prog, _reason(message, ex)))
-
-    parser = Parser(prog=f"apportion {name}", description=command.help)
+    # Abbreviations would take a misspelt setting for another one.
+    parser = ArgumentParser(prog=f"apportion {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe by name, or a YAML file; flags override it")
-    parser.add_class_arguments(getattr(module, command.settings))
+    parser.add_class_arguments(settings)
     return parser
 
 
-def _with_configurations(name: str, argv: list[str]) -> list[str]:
-    """Replace the value of each --config by the text of its settings, those of this command where it holds several."""
-    command, done, rest = COMMANDS[name], [], list(argv)
-    if command.positional and rest and not rest[0].startswith("-"):
-        given = [word for word in _until_flag(rest)]
-        rest = rest[len(given) :]
-        done += [f"--{command.positional}={given if command.positional == 'runs' else given[0]}"]
-    while rest:
-        word = rest.pop(0)
-        if word == "--config" and rest:
-            word = f"--config={rest.pop(0)}"
+def _with_configurations(name: str, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take out each --config, as the text of its settings; they come first, so that flags override them."""
+    configurations, rest, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            word = f"--config={words.pop(0)}"
         if word.startswith("--config="):
-            word = f"--config={_section(word.removeprefix('--config='), name)}"
-        done.append(word)
-    return done
+            configurations.append(f"--config={_section(word.removeprefix('--config='), name)}")
+        else:
+            rest.append(word)
+    return configurations, rest
 
 
-def _switches(settings: type, prefix: str = "--") -> Iterator[str]:
-    """List the flags of settings that are true or false, those of nested groups included."""
+def _with_values(argv: list[str], command: Command, settings: type) -> list[str]:
+    """Give every flag its value: `--resume` is true, words after a list are its items, words alone the positional."""
+    switches, lists = set(_flags(settings, _is_switch)), set(_flags(settings, _is_list))
+    done, alone = [], []
+    for flag, words in _groups(argv):
+        if flag in lists:
+            is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
+            done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
+        elif flag in switches and not words:
+            done.append(f"{flag}=true")
+        else:
+            taken = 0 if not flag or "=" in flag else 1
+            done += [flag, *words[:taken]] if flag else []
+            alone += words[taken:]
+    if command.positional and alone:
+        items = f"--{command.positional}" in lists
+        if len(alone) > 1 and not items:
+            raise ValueError(f"{alone[1]!r} is one too many; give one {command.positional}")
+        return [*done, f"--{command.positional}={json.dumps(alone) if items else alone[0]}"]
+    return done + alone
+
+
+def _groups(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Put each flag together with the words that follow it; the first flag is none."""
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in argv:
+        if re.match(r"-(?!\.?\d)", word):  # a negative number is no flag
+            groups.append((word, []))
+        else:
+            groups[-1][1].append(word)
+    return groups
+
+
+def _flags(settings: type, wanted: Callable[[Any], bool], prefix: str = "--") -> Iterator[str]:
+    """List the flags of settings of a kind, those of nested groups included."""
     for name, kind in get_type_hints(settings).items():
-        if kind is bool:
+        if wanted(kind):
             yield prefix + name
-        elif is_dataclass(kind):
-            yield from _switches(kind, f"{prefix}{name}.")
+        elif is_dataclass(kind) and isinstance(kind, type):
+            yield from _flags(kind, wanted, f"{prefix}{name}.")
 
 
-def _with_values(argv: list[str], switches: set[str]) -> Iterator[str]:
-    """Read a bare switch as true: `--resume` is `--resume=true`."""
-    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        yield f"{word}=true" if word in switches and following.startswith("-") else word
+def _is_switch(kind: Any) -> bool:
+    return kind is bool
 
 
-def _until_flag(words: list[str]) -> list[str]:
-    """Take the words before the first flag."""
-    return words[: next((place for place, word in enumerate(words) if word.startswith("-")), len(words))]
+def _is_list(kind: Any) -> bool:
+    return list in (get_origin(kind), *map(get_origin, get_args(kind)))
 
 
 def _section(config: str, command: str) -> str:
     """Read a configuration by name or path, and return the settings of one command as text."""
     import yaml
 
-    content = yaml.safe_load(_text_of(config)) or {}
+    try:
+        content = yaml.safe_load(_text_of(config)) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{config} holds no settings; write them as `name: value`")
     if content.keys() & COMMANDS.keys() and not content.keys() - COMMANDS.keys() - {"description"}:
         if command not in content:
             raise ValueError(f"{config} has no section {command!r}; it has {', '.join(content)}")
-        content = content[command]
+        content = content[command] or {}
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -211,21 +240,61 @@ def _text_of(config: str) -> str:
     return files("apportion.recipes").joinpath(f"{config}.yaml").read_text(encoding="utf-8")
 
 
-def _nearest(word: str, known: Any) -> str:
-    """Suggest what a user may have meant."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Suggest what a user may have meant: a name that is spelt alike, or one that ends alike after its dots."""
+    names = {name.lstrip("-").rpartition(".")[2]: name for name in known} | {name: name for name in known}
+    near = dict.fromkeys(names[match] for match in difflib.get_close_matches(word, names, n=3, cutoff=0.6))
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _reason(message: str, error: Exception | None) -> str:
-    """Choose what tells the user what to mend out of jsonargparse's explanation, and name the option."""
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    bullets = re.findall(r"^ *- (.+)$", message, flags=re.MULTILINE)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reason = bullets[0] if bullets else lines[1] if key and len(lines) > 1 else lines[0] if lines else str(error)
-    if unknown := re.match(r"Expected a dot import path string: (.*)", reason):
-        reason = f"there is no class {unknown[1]!r} for it; give a class name as in docs/method.md, or a dotted path"
-    return f"--{key[1]}: {reason}" if key else reason
+def _reason(message: str, options: Iterable[str]) -> str:
+    """Choose what tells the user what to mend out of jsonargparse's explanation, and name the setting."""
+    keys, chosen, reason = [], "", ""
+    for line in map(str.strip, message.splitlines()):
+        line = line.removeprefix("- ")
+        if found := re.fullmatch(r'Parser key "([\w.]+)":', line):
+            keys.append(found[1])
+        elif found := re.fullmatch(r"Problem with given class_path '([\w.]+)':", line):
+            chosen = found[1]
+        elif line and not re.match("Does not validate against|Subtypes:|Errors:", line):
+            reason = line
+            break
+    given = re.search(r"Given value: (.*)", message)
+    reason = _reworded(reason, given[1] if given else "", chosen, options)
+    return f"--{'.'.join(keys)}: {reason}" if keys else reason
+
+
+def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> str:
+    """Say one of jsonargparse's reasons with the value and the remedy."""
+    if found := re.match(r"Expected a dot import path string: (.*)", reason):
+        return f"there is no class {found[1]!r} for it{_nearest(found[1], _classes())}; give its name or dotted path"
+    if reason.startswith("No module named"):
+        return f"{chosen} cannot be imported ({reason}); give a dotted path such as my_module.MyClass"
+    if found := re.match(r"Import path does not correspond to a subclass of (\w+)", reason):
+        return f"{value} is not a subclass of {found[1]}; derive it from that"
+    if found := re.match(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])(?:\. Got value: (.*))?", reason):
+        return f"{found[3] or value} is given; give {found[1] or f'one of {found[2]}'}"
+    if found := re.match(r"the following arguments are required: (.*)", reason):
+        return f"{found[1]} has no default; give it"
+    if found := re.match(r"unrecognized arguments: (.*)", reason):
+        return f"there is no setting {found[1]}{_nearest(found[1].split()[0], options)}; see --help"
+    if found := re.match(r"Option '(.*)' is not accepted", reason):
+        of = f" of {chosen}" if chosen else ""
+        known = _settings_of(chosen) if chosen else [option.removeprefix("--") for option in options]
+        return f"there is no setting {found[1]!r}{of}{_nearest(found[1], known)}; see --help"
+    return reason
+
+
+def _classes() -> set[str]:
+    """List the names of the settings' classes that are loaded."""
+    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("apportion.")]
+    return {name for module in ours for name, value in module.items() if isinstance(value, type)}
+
+
+def _settings_of(path: str) -> list[str]:
+    """List the settings of a class."""
+    module, _, name = path.rpartition(".")
+    return list(get_type_hints(getattr(importlib.import_module(module), name)))
 
 
 def _fail(program: str, message: str) -> int:
