@@ -211,7 +211,7 @@ def report(rows: int, repeats: int) -> Iterator[str]:
     yield "# The credit stage: segmentation, pooling, GAE, both losses"
     yield ""
     yield f"{rows} rows of 512 tokens, actions of 5: **{found:.2f} ms** ({busy:.2f} ms of processor time); the limit of"
-    yield f"{LIMIT:.0f} ms is {verdict}. The loops over tokens take {slow_by_length['512'][1]:.0f} ms of processor time."
+    yield f"{LIMIT:.0f} ms is {verdict}. The loops over tokens take {slow_by_length['512'][1]:.0f} ms of it."
     yield "Medians in milliseconds. Where the clock shows more than the processor, other programs had the core."
     yield ""
     yield from circumstances()
