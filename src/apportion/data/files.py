@@ -204,8 +204,10 @@ def _read_file(path: Path, split: str) -> Dataset:
         raise ValueError(f"{path} is empty; give at least one row")
     try:
         return load_dataset(READERS[_kind(path)], data_files=str(path), split=split)
-    except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        reason = (str(error.__cause__ or error) or "no data").splitlines()[0]
+        if reason.endswith(("no data", "no data!")):  # how a file without rows shows
+            raise ValueError(f"{path} is empty; give at least one row") from error
         raise ValueError(f"data file {path} cannot be read as {READERS[_kind(path)]}: {reason}") from error
 
 
