@@ -1,7 +1,7 @@
 """The score of each response, and what a redistribution asks the reward model for besides."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ RewardFunction = Callable[..., Sequence[float]]
 """`(prompts, completions, **columns) -> list[float]`, TRL's convention; columns are those of the data set."""
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Anything that scores responses."""
 

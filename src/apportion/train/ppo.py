@@ -327,12 +327,22 @@ class PPOTrainer:
         self.counters["seconds"] += sum(value for name, value in metrics.items() if name.startswith("time/"))
         step, args = self.counters["step"], self.args
         due = self.evaluation is not None and (step % max(1, args.eval_steps) == 0 or step == args.num_steps)
-        evaluated = self.evaluation() if due and self.evaluation is not None else {}
+        evaluated = self._evaluated(measured | metrics) if due else {}
         self._log(measured | metrics | evaluated)
         self.callbacks.step_end(step, self.last)
         asked = self.callbacks.save
         if asked or (args.save_steps and step % args.save_steps == 0) or step == args.num_steps:
             self._save()
+
+    def _evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Evaluate; where that fails no more than this evaluation is lost."""
+        assert self.evaluation is not None  # asked for only then; for the type checker
+        try:
+            return self.evaluation()
+        except Exception:
+            self._log(metrics)
+            self._save()
+            raise
 
     def _log(self, metrics: dict[str, float]) -> None:
         """Write one line of metrics, to the run folder and to the trackers."""
