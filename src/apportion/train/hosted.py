@@ -6,6 +6,7 @@ containers and refuses everything else; a checkpoint whose weights are not safet
 """
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from apportion.data.files import Files, Source
 from apportion.train.launch import check_model
@@ -29,7 +31,8 @@ class HostedRecipe:
     Attributes:
         model: A folder or a hub name; safetensors only.
         data: The rows, and those held out. Files of your own, or a class by name.
-        output_dir: Where the model, its tokenizer and metrics.json go; it has to be empty, or `resume` set.
+        output_dir: Where the model, its tokenizer, metrics.jsonl (what was logged) and metrics.json (how it ended) go;
+            it has to be empty, or `resume` set.
         resume: Continue from the newest checkpoint in `output_dir`; without one, start.
         seed: Decides the order of rows and the weights of a new head.
         pad_token: Sets the tokenizer's padding token where it has none.
@@ -215,7 +218,7 @@ def load_tokenizer(recipe: HostedRecipe) -> PreTrainedTokenizerBase:
 
 
 def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> dict[str, float]:
-    """Run one of TRL's trainers, save the model with its tokenizer, and write metrics.json.
+    """Run one of TRL's trainers, save the model with its tokenizer, and write metrics.jsonl and metrics.json.
 
     Args:
         trainer: Ready to train.
@@ -223,17 +226,25 @@ def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> 
         held_out: Further numbers for metrics.json.
 
     Returns:
-        What was written: `train/...` and, with held-out rows, `eval/...`, as transformers' trainer names them.
+        What was written: `train_...` and, with held-out rows, `eval_...`, as transformers' trainer names them.
+
+    Raises:
+        ValueError: If a checkpoint holds anything but tensors and plain containers.
     """
-    result = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.remove_callback(PrinterCallback)  # it would print the lines of metrics.jsonl
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {checkpoint} holds more than tensors and numbers; it is not loaded") from error
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     # transformers' trainer switches the cache off; saved like that, the model would generate in quadratic time.
     trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
     trainer.save_model()
     metrics = {**result, **evaluation, **held_out}
     if trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / "metrics.json"
-        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        folder, lines = Path(trainer.args.output_dir), map(json.dumps, trainer.state.log_history)
+        (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
@@ -251,13 +262,16 @@ def accepted_format(rows: Dataset, formats: Sequence[tuple[str, ...]]) -> tuple[
 
 
 @contextmanager
-def quiet_data() -> Iterator[None]:
-    """Show progress bars of `datasets` in a terminal only, and leave the setting as it was."""
-    shown = not are_progress_bars_disabled()
+def quiet_bars() -> Iterator[None]:
+    """Show the progress bars of `datasets` and `transformers` in a terminal only; leave the settings as they were."""
+    of_datasets, of_transformers = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         disable_progress_bars()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if of_datasets:
             enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()

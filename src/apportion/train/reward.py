@@ -1,8 +1,9 @@
 """Reward models: TRL's `RewardTrainer` on preference pairs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from apportion.train.hosted import (
     configuration,
     load_tokenizer,
     prepared_folder,
-    quiet_data,
+    quiet_bars,
     train,
 )
 
@@ -33,12 +34,10 @@ class RewardRecipe(HostedRecipe):
         append_eos: End every text with the end token, as TRL does. Without it a text ends where it ends, so that the
             head also learns to read responses that were cut off, and prefixes. Chat messages follow their template
             either way.
-        group_by_length: Put pairs of like length into a batch, which saves padding.
     """
 
     output_dir: str = "runs/reward"
     append_eos: bool = True
-    group_by_length: bool = False
 
 
 def reward(recipe: RewardRecipe) -> Path:
@@ -59,45 +58,53 @@ def reward(recipe: RewardRecipe) -> Path:
     """
     tokenizer = load_tokenizer(recipe)
     checkpoint = prepared_folder(recipe)
-    with quiet_data():
-        data = recipe.data(tokenizer)
-        rows = {name: _prepared(split, recipe, tokenizer) for name, split in data.items()}
-        # Seconds of import: only where it is needed.
-        from trl.trainer.reward_config import RewardConfig
-        from trl.trainer.reward_trainer import RewardTrainer
-
-        arguments = recipe.arguments(evaluate="eval" in rows) | _sampling(recipe)
-        trainer = RewardTrainer(
-            model=recipe.model,
-            args=configuration(RewardConfig, recipe, **arguments),
-            train_dataset=rows["train"],
-            eval_dataset=rows.get("eval"),
-            processing_class=tokenizer,
-        )
-        if not (left := len(cast(Dataset, trainer.train_dataset))):
-            raise ValueError(f"every pair is longer than max_length ({recipe.max_length}); raise it, or shorten them")
-        train(trainer, checkpoint, {"pairs_dropped": len(rows["train"]) - left})
+    with quiet_bars():
+        trainer, pairs = reward_trainer(recipe, tokenizer)
+        train(trainer, checkpoint, {"pairs_dropped": pairs - len(trainer.train_dataset)})
     return Path(recipe.output_dir)
+
+
+def reward_trainer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int]:
+    """Make TRL's trainer, its pairs tokenized.
+
+    Args:
+        recipe: The settings.
+        tokenizer: The model's, with a padding token.
+
+    Returns:
+        A `RewardTrainer`, ready to train, and the number of pairs before those over `max_length` were dropped.
+
+    Raises:
+        FileNotFoundError: If a data file is not there.
+        ValueError: If a column is missing, no pair fits, or `extra` holds what TRL does not know.
+    """
+    rows = {name: _prepared(split, recipe, tokenizer) for name, split in recipe.data(tokenizer).items()}
+    # Seconds of import: only where it is needed.
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    arguments = recipe.arguments(evaluate="eval" in rows)
+    trainer = RewardTrainer(
+        model=recipe.model,
+        args=configuration(RewardConfig, recipe, **arguments),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
+        processing_class=tokenizer,
+    )
+    if not len(cast(Dataset, trainer.train_dataset)):
+        raise ValueError(f"every pair is longer than max_length ({recipe.max_length}); raise it, or shorten them")
+    return trainer, len(rows["train"])
 
 
 def _prepared(rows: Dataset, recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Keep what TRL is to read, and tokenize here what it would end with the end token."""
     columns = accepted_format(rows, FORMATS)
     rows = rows.select_columns([*columns, *(name for name in OPTIONAL if name in rows.column_names)])
-    if recipe.group_by_length:
-        rows = rows.map(lambda row: {"length": max(len(row["chosen"]), len(row["rejected"]))})
     if recipe.append_eos or not isinstance(rows[0]["chosen"], str):
         return rows
 
-    def tokenized(row: dict[str, str]) -> dict[str, list[int]]:
+    def tokenized(row: Mapping[str, str]) -> dict[str, list[int]]:
         prompt = row.get("prompt", "")
         return {f"{side}_ids": tokenizer(prompt + row[side])["input_ids"] for side in ("chosen", "rejected")}
 
     return rows.map(tokenized, remove_columns=list(columns))
-
-
-def _sampling(recipe: RewardRecipe) -> dict[str, object]:
-    """Sort batches by the column `length`, which transformers' trainer would drop before it looks."""
-    return (
-        {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False} if recipe.group_by_length else {}
-    )

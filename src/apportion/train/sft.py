@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from apportion.train.hosted import (
     HostedRecipe,
@@ -11,7 +13,7 @@ from apportion.train.hosted import (
     configuration,
     load_tokenizer,
     prepared_folder,
-    quiet_data,
+    quiet_bars,
     train,
 )
 
@@ -47,26 +49,42 @@ def sft(recipe: SFTRecipe) -> Path:
     """
     tokenizer = load_tokenizer(recipe)
     checkpoint = prepared_folder(recipe)
-    with quiet_data():
-        data = recipe.data(tokenizer)
-        columns = accepted_format(data["train"], FORMATS)
-        rows = {name: _select(split, columns) for name, split in data.items()}
-        # Seconds of import: only where it is needed.
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
-
-        by_turns = columns == ("messages",)
-        arguments = recipe.arguments(evaluate="eval" in rows)
-        loss = {"completion_only_loss": None if by_turns else True, "assistant_only_loss": by_turns}
-        trainer = SFTTrainer(
-            model=recipe.model,
-            args=configuration(SFTConfig, recipe, **arguments, **loss),
-            train_dataset=rows["train"],
-            eval_dataset=rows.get("eval"),
-            processing_class=tokenizer,
-        )
-        train(trainer, checkpoint, {})
+    with quiet_bars():
+        train(sft_trainer(recipe, tokenizer), checkpoint, {})
     return Path(recipe.output_dir)
+
+
+def sft_trainer(recipe: SFTRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Make TRL's trainer, its rows tokenized and labelled.
+
+    Args:
+        recipe: The settings.
+        tokenizer: The model's, with a padding token.
+
+    Returns:
+        An `SFTTrainer`, ready to train.
+
+    Raises:
+        FileNotFoundError: If a data file is not there.
+        ValueError: If a column is missing, or `extra` holds what TRL does not know.
+    """
+    data = recipe.data(tokenizer)
+    columns = accepted_format(data["train"], FORMATS)
+    rows = {name: _select(split, columns) for name, split in data.items()}
+    # Seconds of import: only where it is needed.
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    by_turns = columns == ("messages",)
+    arguments = recipe.arguments(evaluate="eval" in rows)
+    loss = {"completion_only_loss": None if by_turns else True, "assistant_only_loss": by_turns}
+    return SFTTrainer(
+        model=recipe.model,
+        args=configuration(SFTConfig, recipe, **arguments, **loss),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
+        processing_class=tokenizer,
+    )
 
 
 def _select(rows: Dataset, columns: tuple[str, ...]) -> Dataset:
