@@ -37,7 +37,7 @@ def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         ValueError: If its weights would have to be unpickled.
     """
-    _refuse_pickles(path)
+    refuse_pickles(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
 
 
@@ -56,19 +56,43 @@ def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         ValueError: If the model was saved with another number of labels, or its weights would have to be unpickled.
     """
-    _refuse_pickles(path)
-    config = AutoConfig.from_pretrained(path)
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(f"reward model {path} has {config.num_labels} labels; give a sequence classifier with one")
+    refuse_pickles(path)
+    has_head = is_scorer(path)
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, use_safetensors=True)
-    if not is_classifier:
+    if not has_head:
         nn.init.zeros_(score_head(model).weight)
     return model.eval()
 
 
-def _refuse_pickles(path: str) -> None:
-    """Refuse what transformers would unpickle all the same: a folder without safetensors, and such adapters."""
+def is_scorer(path: str) -> bool:
+    """Tell, without loading weights, whether a model was saved as a sequence classifier.
+
+    Raises:
+        ValueError: If it was saved with another number of labels than one.
+    """
+    config = AutoConfig.from_pretrained(path)
+    found = any("SequenceClassification" in name for name in config.architectures or ())
+    if found and config.num_labels != 1:
+        raise ValueError(f"reward model {path} has {config.num_labels} labels; give a sequence classifier with one")
+    return found
+
+
+def check_reward_model(path: str) -> None:
+    """Refuse, without loading weights, a model that would score everything alike.
+
+    Raises:
+        ValueError: If it was not saved as a sequence classifier with one label.
+    """
+    if not is_scorer(path):
+        raise ValueError(f"{path} was not saved as a sequence classifier, so it scores nothing; give a reward model")
+
+
+def refuse_pickles(path: str) -> None:
+    """Refuse what transformers would unpickle all the same: a folder without safetensors, and such adapters.
+
+    Raises:
+        ValueError: If a model's weights, or its adapters, are not safetensors.
+    """
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise ValueError(f"{path} holds no weights as safetensors; save the model again, pickled files are not opened")
     missing_is_none: dict[str, Any] = dict.fromkeys(

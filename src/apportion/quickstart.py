@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from apportion.data.reviews import ReviewsData, write_reviews
 from apportion.evaluate.report import compare
-from apportion.train.run import latest_checkpoint, read_records
+from apportion.train.run import check_place, latest_checkpoint, read_records
 
 # What each method changes of the recipe `reviews`: one choice on an axis.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -103,8 +103,10 @@ def quickstart(settings: Quickstart) -> None:
 
     Raises:
         StageFailed: If a command fails; its log is named.
+        ValueError: If the folder cannot be written, or holds something else than this quickstart.
     """
     begin, folder, console = time.monotonic(), Path(settings.output_dir), Console()
+    claim(folder, settings)
     task = folder / "task"
     if not (task / "prompts_eval.jsonl").exists():
         write_reviews(task, ReviewsData(seed=settings.seed))
@@ -117,6 +119,25 @@ def quickstart(settings: Quickstart) -> None:
     runs = [str(folder / name) for name in METHODS]
     report = compare(runs, folder / "report")
     console.print(f"[bold]report[/] {report}, {(time.monotonic() - begin) / 60:.1f} minutes")
+
+
+def claim(folder: Path, settings: Quickstart) -> None:
+    """Make the folder, or refuse one of other settings, whose results would be taken for those of these.
+
+    Raises:
+        ValueError: If the folder cannot be written, or holds another quickstart or something else.
+    """
+    check_place(folder)
+    path, ours = folder / "quickstart.json", {"seed": settings.seed, "num_steps": settings.num_steps}
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != ours:
+            raise ValueError(f"{folder} holds a quickstart of {theirs}, not of {ours}; choose another output_dir")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no quickstart; choose another output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ours), encoding="utf-8")
 
 
 def preparations(folder: Path, settings: Quickstart) -> list[Stage]:

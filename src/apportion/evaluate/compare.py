@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from apportion.evaluate.report import compare
+from apportion.train.run import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ def compare_runs(settings: Compare) -> None:
 
     Raises:
         FileNotFoundError: If a folder is no run.
-        ValueError: If the runs cannot be compared.
+        ValueError: If the runs cannot be compared, or the folder of the report cannot be written.
     """
+    check_place(settings.output)
     print(f"report: {compare(settings.runs, settings.output)}")

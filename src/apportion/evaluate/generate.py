@@ -15,14 +15,15 @@ from transformers import AutoTokenizer
 from apportion.batch import Prompts
 from apportion.data.files import Files, Source
 from apportion.data.prompts import PromptSet, encode_prompts
-from apportion.models import Policy, load_policy, load_scorer
+from apportion.models import Policy, check_reward_model, load_policy, load_scorer
 from apportion.rollout import complete, sample
 from apportion.sampling import Sampling
 from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode
 from apportion.streams import generator
-from apportion.train.evaluation import measured_rows
-from apportion.train.launch import check_model, named
-from apportion.train.learner import end_tokens
+from apportion.train.evaluation import check_names, measured_rows, name_of
+from apportion.train.launch import check_model, named, tell_dropped
+from apportion.train.learner import check_vocabulary, end_tokens
+from apportion.train.run import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +74,46 @@ class Generate:
 
 
 def generate(settings: Generate) -> None:
-    """Write one JSON line a prompt: `prompt`, `response`, `length`, and, as far as asked, `score`, `kl`, and rewards.
+    """Write one JSON line a prompt: `prompt`, `response`, `length`, and, as far as asked, `kl`, `score`, and rewards.
+
+    `length` counts tokens, the end-of-text token among them; `kl` is the sum over them, in nats; `score` is the reward
+    model's, and the number of a reward function has the function's name. The file appears when it is complete.
 
     Raises:
-        ValueError: If the output is there already, or the data have no usable prompt.
+        ValueError: If the output is there already or cannot be written, the data have no usable prompt, the models do
+            not share a vocabulary, or a score is not finite.
         FileNotFoundError: If a model or the data are not there.
     """
     output = Path(settings.output)
     if output.exists():
         raise ValueError(f"{output} is there already; choose another output, or remove it")
+    check_place(output.parent)
     for path in (settings.model, settings.ref_model, settings.reward_model):
         if path is not None:
             check_model(path)
+    if settings.reward_model is not None:
+        check_reward_model(settings.reward_model)
     measure = _Measure(settings)
-    size, count = settings.batch_size, len(measure.prompts)
-    starts = range(0, count, size)
+    tell_dropped(measure.prompts.dropped, settings.max_prompt_length)
+    count = _write(measure, output)
+    print(f"responses: {count} in {output}")
+
+
+def _write(measure: "_Measure", output: Path) -> int:
+    """Write the lines under a temporary name and rename it when they are complete; count them."""
+    size, count, console = measure.settings.batch_size, len(measure.prompts), Console(stderr=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    with output.open("x", encoding="utf-8") as file:
-        for start in track(starts, "responses", console=console, disable=not console.is_terminal):
-            for row in measure(range(start, min(start + size, count))):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    print(
-        f"{count} responses: {output}"
-        + (f" ({measure.prompts.dropped} prompts too long)" * (measure.prompts.dropped > 0))
-    )
+    temporary = output.with_name(f".tmp-{output.name}")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+            for start in track(range(0, count, size), "responses", console=console, disable=not console.is_terminal):
+                for row in measure(range(start, min(start + size, count))):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+        temporary.rename(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
 
 
 class _Measure:
@@ -116,6 +131,7 @@ class _Measure:
         )
         self.policy = self._policy(settings.model)
         self.reference = None if settings.ref_model is None else self._policy(settings.ref_model)
+        check_vocabulary("reference", self.reference and self.reference.model, self.policy.model)
         self.rewards = self._rewards()
         self.numbers = generator(settings.seed, "generate")
         self.uniforms = torch.rand(len(self.prompts), settings.sampling.max_new_tokens, generator=self.numbers)
@@ -141,22 +157,25 @@ class _Measure:
         return measured_rows(prompts, decode(self.tokenizer, responses), columns)
 
     def _policy(self, path: str) -> Policy:
-        model: nn.Module = load_policy(path)
-        return Policy(model.to(self.device), end_tokens(model, self.tokenizer))
+        model = self._placed(load_policy(path))
+        return Policy(model, end_tokens(model, self.tokenizer))
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
 
     def _rewards(self) -> dict[str, Reward]:
         """Load the rewards that are asked for, by the name of their column."""
         rewards: dict[str, Reward] = {}
         if self.settings.reward_model is not None:
             path, template = self.settings.reward_model, self.settings.reward_template
-            scorer: nn.Module = load_scorer(path)
             rewards["score"] = RewardModel(
-                scorer.to(self.device),
+                self._placed(load_scorer(path)),
                 AutoTokenizer.from_pretrained(path),
                 self.tokenizer,
                 template=None if template is None else named(template),
             )
         if self.settings.reward_function is not None:
             function = named(self.settings.reward_function)
-            rewards[function.__name__] = FunctionReward(function, self.tokenizer)
+            check_names([function])
+            rewards[name_of(function)] = FunctionReward(function, self.tokenizer)
         return rewards

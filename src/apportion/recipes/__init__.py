@@ -1,5 +1,6 @@
 """Recipes: settings that are known by name, one YAML file each, with a section for each command."""
 
+import difflib
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -39,5 +40,7 @@ def show(settings: Recipes) -> None:
             print(f"{name}: {content.get('description', '').strip()} ({commands})")
         return
     if settings.name not in names():
-        raise ValueError(f"there is no recipe {settings.name!r}; one of {', '.join(names())}")
+        near = difflib.get_close_matches(settings.name, names(), n=3)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ValueError(f"there is no recipe {settings.name!r}{hint}; one of {', '.join(names())}")
     print(files(__name__).joinpath(f"{settings.name}.yaml").read_text(encoding="utf-8"), end="")

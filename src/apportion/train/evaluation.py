@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from apportion.train.ppo import PPOTrainer
 
 
+TAKEN = frozenset({"index", "prompt", "response", "score", "kl", "kl_sequence", "length", "objective"})
+"""What an evaluation calls its own columns; no reward function can have such a name."""
+
+
 class Evaluation:
     """Score responses to held-out prompts by the reward and by others that the policy is not trained on.
 
@@ -28,9 +32,13 @@ class Evaluation:
         prompts: Held-out prompts.
         trainer: Samples, and holds the reward and the reference.
         rewards: Further reward functions.
+
+    Raises:
+        ValueError: If one of them has the name of another, or of a metric.
     """
 
     def __init__(self, prompts: PromptSet, trainer: PPOTrainer, rewards: Sequence[FunctionReward]) -> None:
+        check_names([reward.function for reward in rewards])
         self.prompts, self.trainer, self.rewards = prompts, trainer, rewards
         self.samples: list[dict[str, Any]] = []
 
@@ -70,7 +78,7 @@ class Evaluation:
             "kl_sequence": rollout.kl.sum(1),
             "length": rollout.lengths.float(),
         }
-        columns |= {name_of(reward): reward(prompts, responses).scores for reward in self.rewards}
+        columns |= {name_of(reward.function): reward(prompts, responses).scores for reward in self.rewards}
         rows = measured_rows(prompts, decode(trainer.tokenizer, responses), columns)
         return [{"index": index} | row for index, row in zip(indices, rows, strict=True)]
 
@@ -93,6 +101,18 @@ def measured_rows(prompts: Prompts, texts: list[str], columns: dict[str, Tensor]
     ]
 
 
-def name_of(reward: FunctionReward) -> str:
-    """Name a reward in the metrics as its author does."""
-    return getattr(reward.function, "__name__", type(reward.function).__name__)
+def check_names(functions: Sequence[Callable[..., Any]]) -> None:
+    """Refuse reward functions whose numbers would overwrite others.
+
+    Raises:
+        ValueError: If one has the name of another, or of a column that an evaluation has already.
+    """
+    names = [name_of(function) for function in functions]
+    for place, name in enumerate(names):
+        if name in TAKEN or name in names[:place]:
+            raise ValueError(f"a reward function is called {name!r}, as another column is; give it another name")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Name a reward function in the metrics as its author does."""
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,15 +1,19 @@
 """`apportion ppo`: the settings of a run by name, from paths to models and data to a trained policy."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from apportion.data.files import Files, Source
-from apportion.train.arguments import PPOArguments
+from apportion.models import check_reward_model, refuse_pickles
+from apportion.train.arguments import PPOArguments, to_yaml
+from apportion.train.run import check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +24,21 @@ class Lora:
         r: Rank; 0 trains the whole policy.
         alpha: Scale.
         target_modules: Layers that get one; PEFT's own choice for the architecture by default.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     r: int = 0
     alpha: int = 32
     target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.r < 0:
+            raise ValueError(f"lora.r is {self.r}; choose a positive rank, or 0 for no adapters")
+        if self.alpha < 1:
+            raise ValueError(f"lora.alpha is {self.alpha}; choose at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +89,24 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
         ValueError: For anything in the recipe that does not fit together.
         FileNotFoundError: If a model or data file is not there.
     """
+    config_text = config_text or to_yaml(recipe)
+    check_run_folder(recipe.output_dir, config_text, resume=recipe.resume)
     for path in (recipe.model, recipe.reward_model, recipe.ref_model, recipe.value_model):
         if path is not None:
             check_model(path)
+    if recipe.reward_model is not None:
+        check_reward_model(recipe.reward_model)
     reward = recipe.reward_model if recipe.reward_function is None else named(recipe.reward_function)
     template = None if recipe.reward_template is None else named(recipe.reward_template)
     eval_rewards = [named(path) for path in recipe.eval_functions]
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     data = recipe.data(tokenizer)
+    if eval_rewards and "eval" not in data:
+        raise ValueError(f"eval_functions is {recipe.eval_functions}, but no rows are held out; give data.eval_rows")
 
     from apportion.train.ppo import PPOTrainer
 
-    PPOTrainer(
+    trainer = PPOTrainer(
         recipe,
         model=recipe.model,
         reward_model=reward,  # type: ignore[arg-type] # one of the two is given
@@ -99,20 +119,43 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
         eval_rewards=eval_rewards,
         peft_config=_peft_config(recipe.lora),
         config_text=config_text,
-    ).train()
+    )
+    if trainer.accelerator.is_main_process:
+        held_out = trainer.evaluation.prompts.dropped if trainer.evaluation else 0
+        tell_dropped(trainer.prompts.dropped + held_out, recipe.max_prompt_length)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        print(f"policy: {recipe.output_dir}/model, metrics: {recipe.output_dir}/metrics.jsonl")
 
 
 def check_model(path: str) -> None:
-    """Refuse a path that can be neither a folder that is there nor a name on the hub.
+    """Refuse a path that is neither a folder with a model nor the name of one on the hub; no weights are loaded.
 
     Raises:
-        FileNotFoundError: If it looks like a folder and is not there, or is a folder without a model.
+        FileNotFoundError: If there is no such folder, and the hub does not give such a model; or the folder holds none.
+        ValueError: If its weights would have to be unpickled.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"{path} holds no model (no config.json); give the folder that save_pretrained wrote")
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"model folder {path} does not exist; give a folder, or a hub name such as owner/model")
+    try:
+        options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+        if not any(cached_file(path, name, **options) for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError("no config.json")
+    except OSError as error:
+        reason = str(error).partition(". ")[0]
+        raise FileNotFoundError(
+            f"there is no model folder {path}, and the hub does not give a model of this name ({reason})"
+        ) from error
+    refuse_pickles(path)
+
+
+def tell_dropped(count: int, limit: int) -> None:
+    """Tell on stderr how many prompts were dropped for being longer than a limit, in tokens; nothing for none."""
+    if count:
+        print(f"prompts dropped: {count}, longer than max_prompt_length ({limit})", file=sys.stderr)
 
 
 def named(path: str) -> Callable[..., Any]:
@@ -129,7 +172,7 @@ def named(path: str) -> Callable[..., Any]:
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name, None) if module else None
+        found = getattr(importlib.import_module(module), name, None) if module.strip(".") == module != "" else None
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path} cannot be imported ({error}); give a dotted path such as my_module.my_function"

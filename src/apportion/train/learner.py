@@ -73,8 +73,8 @@ def cast_roles(
         raise ValueError(
             "ref_model is the policy itself, which learns; give another, or leave it out for a frozen copy"
         )
-    _check_vocabulary("reference", ref_model, model)
-    _check_vocabulary("critic", value_model, model)
+    check_vocabulary("reference", ref_model, model)
+    check_vocabulary("critic", value_model, model)
     eos_ids = end_tokens(model, tokenizer)
     if ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
@@ -140,8 +140,12 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     return tuple(sorted({int(token) for token in [tokenizer.eos_token_id, *named] if token is not None}))
 
 
-def _check_vocabulary(name: str, other: nn.Module | None, policy: nn.Module) -> None:
-    """Refuse a model that does not know the policy's tokens."""
+def check_vocabulary(name: str, other: nn.Module | None, policy: nn.Module) -> None:
+    """Refuse a model that does not know the policy's tokens.
+
+    Raises:
+        ValueError: With both numbers.
+    """
     if other is None:
         return
     theirs, ours = (unwrapped(m).config.get_text_config().vocab_size for m in (other, policy))

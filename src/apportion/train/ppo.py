@@ -14,7 +14,7 @@ from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
 from apportion.masked import masked_var
-from apportion.models import load_policy, load_scorer, unwrapped
+from apportion.models import check_reward_model, load_policy, load_scorer, unwrapped
 from apportion.rollout import Responses, complete, sample
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
@@ -208,6 +208,8 @@ class PPOTrainer:
                 wanted = " and ".join(sorted(needs))
                 raise ValueError(f"{kind} needs {wanted}, which a reward function has not; give a reward model")
             return FunctionReward(reward, self.tokenizer)
+        if isinstance(reward, str):
+            check_reward_model(reward)
         model = load_scorer(reward) if isinstance(reward, str) else reward
         return RewardModel(
             model.to(self.accelerator.device),

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -176,6 +177,39 @@ class Run:
     def latest_checkpoint(self) -> Checkpoint | None:
         """Return the newest checkpoint, None if there is none."""
         return latest_checkpoint(self.folder)
+
+
+def check_run_folder(folder: str | Path, config: str, *, resume: bool) -> None:
+    """Refuse a run folder that `Run.open` would refuse, before any long work and without making it.
+
+    Args:
+        folder: The run folder.
+        config: The resolved configuration as YAML text.
+        resume: Whether what the folder holds is to be continued.
+
+    Raises:
+        ValueError: As `Run.open`.
+    """
+    check_place(folder)
+    if Path(folder).is_dir():
+        _check_contents(Path(folder), config, resume=resume)
+
+
+def check_place(folder: str | Path) -> None:
+    """Refuse a folder that can be neither written nor made; nothing is left behind.
+
+    Args:
+        folder: A folder, there or not.
+
+    Raises:
+        ValueError: If the folder, or the nearest one above that is there, cannot be written.
+    """
+    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        # Tried, not asked: root may do what permissions forbid, and not what a file system cannot.
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=nearest).cleanup()
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); choose another") from error
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
