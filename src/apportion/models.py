@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -211,9 +212,8 @@ class Policy(nn.Module):
         Returns:
             (B, T) float32. In nats; 0 outside the mask.
         """
-        ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
-        first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
-        hidden = self._trunk(self.model, ids, mask)[:, first : first + width][response_mask]
+        ids, mask = _before_last(prompt_ids, response_ids), _before_last(prompt_mask, response_mask)
+        hidden = self._trunk(self.model, ids, mask)[:, prompt_ids.shape[1] - 1 :][response_mask]
         flat = token_logprobs(
             hidden,
             response_ids[response_mask],
@@ -261,7 +261,7 @@ def token_logprobs(
         logits = sampled_logits(
             project(hidden), sampling, places=places, eos_ids=eos_ids, chosen=tokens, truncate=truncate
         )
-        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        return -cross_entropy(logits, tokens, reduction="none")
 
     return _by_chunks(logprobs, (hidden, tokens, places), max(1, CHUNK_ELEMENTS // vocab_size))
 
@@ -295,11 +295,15 @@ class Critic(nn.Module):
         Returns:
             (B, T) float32. 0 outside the mask.
         """
-        ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
-        first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
-        hidden = hidden_states(self.model, ids, mask)[:, first : first + width]
+        ids, mask = _before_last(prompt_ids, response_ids), _before_last(prompt_mask, response_mask)
+        hidden = hidden_states(self.model, ids, mask)[:, prompt_ids.shape[1] - 1 :]
         values = score_head(self.model)(hidden)[..., 0].float()
         return torch.where(response_mask, values, 0)
+
+
+def _before_last(prompt: Shaped[Tensor, "B P"], response: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B L"]:
+    """Join prompt and response up to the token before the last, which is the last from which one is predicted."""
+    return torch.cat([prompt, response[:, :-1]], 1)
 
 
 def adapters_off(model: nn.Module) -> AbstractContextManager:

@@ -224,49 +224,50 @@ class _Step:
         moved: bool,
         real: bool,
     ) -> tuple[Float[Tensor, " 6"], Float[Tensor, ""]]:
-        """Add the gradients of some rows; rows that are not real only keep processes in step."""
+        """Add the gradients of some rows; rows that are not real only keep processes in step.
+
+        The policy is done with before the critic begins, so that the activations of one model are held at a time.
+        """
         batch, part = rows(rollout, group), rows(credit, group)
         text = _text(batch)
         width = text[2].shape[1]
-        mask = batch.response_mask[:, :width]
-        part = _narrow(part, width)
+        mask, part, config = batch.response_mask[:, :width], _narrow(part, width), self.config
+        ids = part.macro_ids
         with self.accelerator.autocast():
             logprobs = self.policy.module(*text, self.sampling)
-            values = self.critic.module(*text)
         if not moved:
             behaviour[group, :width] = logprobs.detach()
         old, old_values = behaviour[group, :width], batch.values[:, :width]
-        config, ids = self.config, part.macro_ids
-        losses = torch.stack(
-            [
-                policy_loss(
-                    logprobs,
-                    old,
-                    part.advantages,
-                    mask,
-                    cliprange=config.cliprange,
-                    ratio=config.ratio,
-                    macro_ids=ids,
-                    denominator=counts[0],
-                ),
-                value_loss(
-                    values,
-                    old_values,
-                    part.returns,
-                    mask,
-                    cliprange_value=config.cliprange_value,
-                    denominator=counts[1],
-                ),
-            ]
-        ) * float(real)
+        surprise = policy_loss(
+            logprobs,
+            old,
+            part.advantages,
+            mask,
+            cliprange=config.cliprange,
+            ratio=config.ratio,
+            macro_ids=ids,
+            denominator=counts[0],
+        )
         # Processes average their gradients; each loss is already a part of the mean over all of them.
-        total = (losses[0] + config.vf_coef * losses[1]) * self.accelerator.num_processes
-        self.accelerator.backward(total)
+        weight = float(real) * self.accelerator.num_processes
+        self.accelerator.backward(surprise * weight)
+        with self.accelerator.autocast():
+            values = self.critic.module(*text)
+        error = value_loss(
+            values,
+            old_values,
+            part.returns,
+            mask,
+            cliprange_value=config.cliprange_value,
+            denominator=counts[1],
+        )
+        self.accelerator.backward(config.vf_coef * error * weight)
         ratio, steps = importance_ratio(logprobs.detach(), old, mask, granularity=config.ratio, macro_ids=ids)
-        stats = _ratio_sums(ratio, steps, config.cliprange) / counts[0] * float(real)
+        stats = _ratio_sums(ratio, steps, config.cliprange) / counts[0]
         moved_values = (values.detach() - old_values).abs() > (config.cliprange_value or torch.inf)
-        clipped = (moved_values & mask).sum()[None] / counts[1] * float(real)
-        return torch.cat([losses.detach(), stats, clipped]), torch.where(steps, ratio, 0).max() * float(real)
+        clipped = (moved_values & mask).sum()[None] / counts[1]
+        sums = torch.cat([torch.stack([surprise, error]).detach(), stats, clipped])
+        return sums * float(real), torch.where(steps, ratio, 0).max() * float(real)
 
     def _advance(self, metrics: dict[str, float]) -> dict[str, float]:
         """Step both optimizers, unless the numbers are not finite or the policy has moved far enough."""
