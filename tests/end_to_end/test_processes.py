@@ -1,0 +1,78 @@
+"""Two processes give the update that one gives, with the same batch over all of them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainers import metrics
+
+HERE = Path(__file__).parent
+NAMES = (
+    "plain",
+    "whitened",
+    "minibatches",
+    "whitened minibatches",
+    "rows",
+    "macro ratio in small micro-batches",
+    "attention and scaled scores",
+    "gradient checkpointing",
+    "adapters",
+    "stopped and resumed",
+)
+
+
+def train(folder: Path, processes: int) -> Path:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = [str(HERE / "several_processes.py"), str(folder)]
+    options = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launched = ["-m", "torch.distributed.run", *options] if processes > 1 else []
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    folder.mkdir()
+    result = subprocess.run(
+        [sys.executable, *launched, *script], capture_output=True, text=True, timeout=400, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process left, and what two left."""
+    root = tmp_path_factory.mktemp("processes")
+    return train(root / "one", 1), train(root / "two", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_give_the_parameters_and_metrics_of_one(name: str, folders: tuple[Path, Path]) -> None:
+    one, two = (load_file(folder / name / "learned.safetensors") for folder in folders)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=0)
+    ours, theirs = (metrics(folder / name) for folder in folders)
+    assert len(ours) == len(theirs) == 4
+    for x, y in zip(theirs, ours, strict=True):
+        for record in (x, y):
+            record.pop("policy/sampler_gap", None)  # rounding alone
+        assert x == pytest.approx(y, abs=2e-4, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from trainers import trainer; trainer(Path('x'), batch_size=3)"
+    (tmp_path / "odd.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "odd.py"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, env=environment, cwd=tmp_path
+    )
+    assert result.returncode != 0
+    assert "batch_size is 3, not a multiple of the 2 processes" in result.stderr
