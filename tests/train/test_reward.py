@@ -75,7 +75,7 @@ def test_texts_end_with_the_end_token_only_where_it_was_asked_for_or_written(
 
 @pytest.mark.parametrize("append_eos", [True, False])
 def test_an_input_has_exactly_one_beginning(shared: Path, tmp_path: Path, append_eos: bool) -> None:
-    """Defect 3 of abc.md, section 7: the beginning was decoded with the text and then added again."""
+    """Defect 3 of abc.md, section 10: the beginning was decoded with the text and then added again."""
     path = shared / "data" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(path)
     trainer, _ = reward_trainer(recipe(path, PAIRS, tmp_path, append_eos=append_eos), tokenizer)

@@ -110,7 +110,7 @@ def test_only_the_turns_of_the_assistant_are_labelled(model: Path, tokenizer: Pr
 
 
 def test_an_input_has_exactly_one_beginning_and_one_end(shared: Path, tmp_path: Path) -> None:
-    """Defect 3 of abc.md, section 7: the beginning was decoded with the text and then added again."""
+    """Defect 3 of abc.md, section 10: the beginning was decoded with the text and then added again."""
     model = shared / "data" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [{"prompt": "the plot", "completion": " was dull ."}, {"prompt": "a", "completion": " cast .</s>"}]

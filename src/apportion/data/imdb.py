@@ -72,18 +72,18 @@ class ImdbReviews(Source):
         random.Random(f"{self.seed} reviews").shuffle(texts)
         held, ppo = round(self.eval_share * len(texts)), round((1 - self.eval_share) * self.ppo_share * len(texts))
         parts = {"eval": texts[:held], "ppo": texts[held : held + ppo], "sft": texts[held + ppo :]}
+        costs = _word_costs({word for review in texts for word in review.split()}, tokenizer)
         taken: set[str] = set()
         rows: dict[str, list[dict[str, str]]] = {}
         for name, reviews in parts.items():
-            passages = [row for row in self._passages(reviews, tokenizer, name) if row["prompt"] not in taken]
+            passages = [row for row in self._passages(reviews, costs, name) if row["prompt"] not in taken]
             rows[name] = list({row["prompt"]: row for row in passages}.values()) if name == "eval" else passages
             taken |= {row["prompt"] for row in passages}
         return DatasetDict({"train": Dataset.from_list(rows[self.part]), "eval": Dataset.from_list(rows["eval"])})
 
-    def _passages(self, reviews: list[str], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[dict[str, str]]:
+    def _passages(self, reviews: list[str], costs: Mapping[str, int], name: str) -> Iterator[dict[str, str]]:
         """Cut passages into prompt and completion; those whose first word is too long for a prompt are left out."""
         rng = random.Random(f"{self.seed} {name}")
-        costs = _word_costs({word for review in reviews for word in review.split()}, tokenizer)
         for words in chain.from_iterable(self._runs_of_lines(review, costs) for review in reviews):
             kept = _words_that_fit(words, rng.randint(self.min_prompt_tokens, self.max_prompt_tokens), costs)
             cost = sum(costs[word] for word in words[:kept])
