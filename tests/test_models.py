@@ -73,7 +73,7 @@ def test_values_equal_the_head_before_each_token_of_each_text_alone(family: str)
     assert (found[~batch[3]] == 0).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon_h1"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon_h1", "mamba"])
 def test_bfloat16_models_give_finite_float32_answers_near_those_of_float32(family: str) -> None:
     batch = texts()
     with torch.no_grad():

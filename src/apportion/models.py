@@ -368,9 +368,10 @@ def _projection(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings; give a causal language model")
+    dtype = next(head.parameters()).dtype
 
     def project(hidden: Tensor) -> Tensor:
-        logits = head(hidden)
+        logits = head(hidden.to(dtype))  # Mamba keeps the stream between its layers in float32
         logits = logits if scale == 1 else logits * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

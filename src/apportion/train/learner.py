@@ -84,7 +84,10 @@ def cast_roles(
     for learner in (model, value_model):
         learner.train(args.gradient_checkpointing)  # dropout is off; transformers checkpoints only in training mode
         if args.gradient_checkpointing:
-            unwrapped(learner).activation_checkpointing_enable({"use_reentrant": False})
+            inner: Any = unwrapped(learner)
+            # The second is the name up to transformers 5.17.
+            enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     reference = policy if ref_model is None else Policy(ref_model.eval().requires_grad_(False), eos_ids)
     switch = partial(adapters_off, model) if ref_model is None else torch.no_grad
     return Roles(policy=policy, critic=critic, reference=reference, as_reference=switch)
