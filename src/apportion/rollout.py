@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from apportion.batch import Prompts, Rollout
 from apportion.masked import last_index
@@ -66,7 +67,7 @@ def sample(
     logprobs = torch.zeros(ids.shape, device=ids.device)
     ended_at = torch.full((rows,), sampling.max_new_tokens, device=ids.device)
     uniforms, eos_ids = uniforms.to(ids.device), torch.tensor(policy.eos_ids, dtype=torch.long, device=ids.device)
-    decoder = _Decoder(policy.model, prompts)
+    decoder = _Decoder(policy.model, prompts, sampling.max_new_tokens)
     active = torch.arange(rows, device=ids.device)
     for place in range(sampling.max_new_tokens):
         places = torch.full_like(active, place)
@@ -98,11 +99,11 @@ def sample(
 class _Decoder:
     """A model's next-token logits for a growing batch of texts; with its cache where the model has one."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: nn.Module, prompts: Prompts, new: int) -> None:
         self.model = model
         self.parameters = inspect.signature(unwrapped(model).forward).parameters
         self.cached = "past_key_values" in self.parameters
-        self.cache = DynamicCache(config=unwrapped(model).config) if self.cached else None
+        self.cache = _cache(unwrapped(model).config, prompts.prompt_ids.shape[1] + new) if self.cached else None
         self.mask = prompts.prompt_mask
         self.ids = prompts.prompt_ids
         self.logits = self._run(self.ids)
@@ -130,6 +131,41 @@ class _Decoder:
             options["logits_to_keep"] = 1
         options |= {"past_key_values": self.cache, "use_cache": True} if self.cached else {}
         return self.model(**options).logits[:, -1]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for all tokens to come, so that one more token does not copy those before it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.kept: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of some tokens; return those of all."""
+        first, states = self.get_seq_length(), (key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.kept = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in states]
+        for kept, new in zip(self.kept, states, strict=True):
+            kept[:, :, first : first + new.shape[2]] = new
+        return self._show(first + key_states.shape[2])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep some texts."""
+        self.kept = [kept[beam_idx] for kept in self.kept]
+        self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (kept[:, :, :length] for kept in self.kept)
+        return self.keys, self.values
+
+
+def _cache(config: PretrainedConfig, room: int) -> DynamicCache:
+    """Make a cache of the kinds of layers that a model has; those that keep every token get room for them."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @torch.no_grad()
