@@ -1,12 +1,16 @@
 """What every test shares: shape checks, one thread, repeatable properties, and tiny models made on the spot."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TypeVar
 
+import datasets
+import huggingface_hub.constants
 import hypothesis
 import pytest
 import torch
+import transformers.utils.logging
 from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -15,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 install_import_hook("apportion", "shape_checks.check")
 
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+datasets.disable_progress_bars()
 
 hypothesis.settings.register_profile(
     "apportion",
@@ -39,6 +45,23 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.fail(f"tests on real data need {path}, which is not there: put or link it beside the checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def task(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small models and files for the commands, see `command_line.write_task`."""
+    from command_line import write_task  # imports apportion, which the hook above has to come before
+
+    return write_task(tmp_path_factory.mktemp("task"), shared / "data" / "stories260k")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory without a network; what commands add to the import path is taken back."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

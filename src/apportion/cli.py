@@ -124,7 +124,7 @@ def _run(name: str, argv: list[str]) -> int:
     parser = _parser(name, command, settings)
     try:
         parsed = parser.parse_args([*configurations, *_with_values(argv, command, settings)])
-        text = parser.dump(parsed, skip_none=False, skip_link_targets=False)
+        text = parser.dump(parsed, skip_unset=False)
         chosen = parser.instantiate(parsed)
     except (ArgumentError, ValueError) as error:
         raise ValueError(_reason(str(error), parser._option_string_actions)) from error

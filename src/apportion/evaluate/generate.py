@@ -93,6 +93,8 @@ def generate(settings: Generate) -> None:
             check_model(path)
     if settings.reward_model is not None:
         check_reward_model(settings.reward_model)
+    if settings.reward_function is not None:
+        check_names([named(settings.reward_function)])
     measure = _Measure(settings)
     tell_dropped(measure.prompts.dropped, settings.max_prompt_length)
     count = _write(measure, output)
@@ -176,6 +178,5 @@ class _Measure:
             )
         if self.settings.reward_function is not None:
             function = named(self.settings.reward_function)
-            check_names([function])
             rewards[name_of(function)] = FunctionReward(function, self.tokenizer)
         return rewards

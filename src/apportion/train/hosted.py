@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from apportion.data.files import Files, Source
 from apportion.train.launch import check_model
+from apportion.train.run import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +187,10 @@ def prepared_folder(recipe: HostedRecipe) -> str | None:
             that are not safetensors.
     """
     folder = Path(recipe.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-    if occupied and not recipe.resume:
+    check_place(folder)
+    if not folder.is_dir():
+        return None  # made when there is something to write
+    if any(folder.iterdir()) and not recipe.resume:
         raise ValueError(f"output_dir {folder} is not empty; give another, or resume what it holds (--resume true)")
     checkpoint = get_last_checkpoint(folder) if recipe.resume else None
     if checkpoint and not list(Path(checkpoint).glob("*.safetensors")):

@@ -11,9 +11,13 @@ from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from apportion.data.files import Files, Source
+from apportion.data.imdb import ImdbPairs, ImdbReviews
 from apportion.models import check_reward_model, refuse_pickles
 from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.run import check_run_folder
+
+SOURCES: tuple[type[Source], ...] = (Files, ImdbPairs, ImdbReviews)
+"""What `data` knows by a short name; sources of your own are chosen by their dotted path."""
 
 
 @dataclass(frozen=True, kw_only=True)
