@@ -65,6 +65,7 @@ class Plan:
     seed: int
 
     def waves(self) -> Iterator[list[Stage]]:
+        """List the commands."""
         reviews = ("--data.path", str(self.data / "movie_reviews" / "movie_reviews.jsonl.gz"))
         sentences = ("--data.path", str(self.data / "rt_polarity" / "rt_polarity.jsonl.gz"))
         stories, scorer = ("--model", str(self.data / "stories260k")), ("--reward_model", str(self.folder / "reward"))
@@ -95,6 +96,7 @@ class Plan:
         return Stage(name=f"generate-{name}", argv=(*argv, "--output", str(output)), proof=output)
 
     def answers(self, name: str) -> Path:
+        """Say where the responses of a policy go."""
         return self.folder / f"answers-{name}.jsonl"
 
 
@@ -190,8 +192,8 @@ def report(plan: Plan) -> Iterator[str]:
     sft, scorer = (json.loads((plan.folder / name / "metrics.json").read_text()) for name in ("sft", "reward"))
     yield "# Recipe imdb-small: movie reviews, continued positively"
     yield ""
-    yield "stories260k (260,032 parameters, 512 tokens) fine-tuned on movie_reviews; a reward model from the same start on"
-    yield "pairs of rt_polarity; prompts of 2 to 8 tokens, 24 to 64 new tokens."
+    yield "stories260k (260,032 parameters, 512 tokens) fine-tuned on movie_reviews; a reward model from the same start"
+    yield "on pairs of rt_polarity; prompts of 2 to 8 tokens, 24 to 64 new tokens."
     yield ""
     yield from circumstances()
     yield f"- fine-tuning: held-out loss {sft['eval_loss']:.2f} nats a token, {sft['train_runtime']:.0f} s"
@@ -199,9 +201,10 @@ def report(plan: Plan) -> Iterator[str]:
     yield ""
     yield "## Responses to held-out prompts"
     yield ""
-    yield f"{len(records(plan.answers('sft')))} prompts, one response each, drawn from the same random numbers. Means, with the"
-    yield "standard error over prompts; one seed. KL to the fine-tuned policy in nats, summed over a response; seconds are"
-    yield "those of training, without evaluation."
+    count = len(records(plan.answers("sft")))
+    yield f"{count} prompts, one response each, drawn from the same random numbers. Means, with the standard error over"
+    yield "prompts; one seed. KL to the fine-tuned policy in nats, summed over a response; seconds of training, without"
+    yield "evaluation."
     yield ""
     head = ("policy", "reward", "rise over fine-tuned", "KL", "tokens", "prompts that rose", "seconds")
     yield from table(head, outcomes(plan))
