@@ -102,9 +102,12 @@ SETTINGS = {
         ),
     ),
     "early": Setting(
-        title="float32, responses that end at random after 20 tokens on average, all rows at once",
-        work=replace(WHOLE, mean_length=20),
-        peers=(Peer(name="TRL", work=replace(WHOLE, mean_length=20), time=0.8, memory=0.6),),
+        title="float32, responses end at random after 20 tokens on average, micro-batches of 8 rows or their tokens",
+        work=replace(SMALL, mean_length=20),
+        peers=(
+            Peer(name="TRL, 8 rows", work=replace(SMALL, mean_length=20), time=0.8),
+            Peer(name="TRL, all rows", work=replace(WHOLE, mean_length=20), time=0.8, memory=0.6),
+        ),
     ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",
