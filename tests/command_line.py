@@ -109,7 +109,7 @@ def _write_models(folder: Path, stories: Path, tokenizer: PreTrainedTokenizerBas
     _save(scorer, tokenizer, folder / "nan_reward")
     policy = AutoModelForCausalLM.from_pretrained(stories)
     with torch.no_grad():
-        policy.lm_head.weight[7] += 0.1
+        policy.model.norm.weight *= 1.2  # another temperature
     _save(policy, tokenizer, folder / "moved")
     _save(policy, tokenizer, folder / "pickled")
     (folder / "pickled" / "model.safetensors").unlink()
