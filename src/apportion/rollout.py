@@ -49,7 +49,7 @@ def sample(
         policy: The model; it is used in evaluation mode.
         prompts: B prompts, left-padded.
         sampling: The distribution.
-        uniforms: (B, max_new_tokens) float in [0, 1). They decide what is drawn: same numbers, same responses.
+        uniforms: (B, T) float. In [0, 1), for T = max_new_tokens; same numbers, same responses.
         pad_id: What stands after the end of a response.
 
     Returns:
