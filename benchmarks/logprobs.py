@@ -3,8 +3,8 @@
     python benchmarks/logprobs.py [--write] [--vocabulary 262144]
 
 Each measurement is a process of its own: a tiny Llama (hidden 64, one layer) computes the log-probabilities of 2 rows
-of responses, with and without gradient, and the growth of the process's peak resident memory over what it held before is
-read from the kernel (`VmHWM`). `policy` is `apportion.models.Policy`; `softmax` is `log_softmax(-1).gather(...)` over
+of responses, with and without gradient, and the growth of the process's peak resident memory over what it held before
+is read from the kernel (`VmHWM`). `policy` is `apportion.models.Policy`; `softmax` is `log_softmax(-1).gather(...)` of
 all logits in float32. With `--write` the report goes to `benchmarks/results/logprobs-DATE.md`.
 """
 

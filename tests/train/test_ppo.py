@@ -330,6 +330,14 @@ def test_held_out_prompts_are_evaluated_at_the_start_every_k_updates_and_at_the_
         assert sample["score"] == count_w7([sample["response"]])[0]
 
 
+def test_two_evaluations_of_one_policy_say_the_same_at_every_step_and_under_every_seed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-30, "eval_steps": 1}
+    for seed in (0, 1):
+        run(tmp_path / str(seed), roles={"eval_dataset": data(HELD_OUT)}, seed=seed, **settings)
+    lines = [line for seed in ("0", "1") for line in metrics(tmp_path / seed)]
+    assert len({tuple(value for name, value in line.items() if name.startswith("eval/")) for line in lines}) == 1
+
+
 def test_evaluating_more_often_changes_nothing_else(tmp_path: Path) -> None:
     for every in (1, 0):
         run(tmp_path / str(every), roles={"eval_dataset": data(HELD_OUT)}, eval_steps=every)
