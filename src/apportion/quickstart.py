@@ -114,7 +114,7 @@ def quickstart(settings: Quickstart) -> None:
     cores = settings.jobs or os.cpu_count() or 1
     for stage in preparations(folder, settings):
         _run([stage], folder, jobs=1, threads=cores, console=console)
-    _tell_accuracy(folder / "reward", console)
+    tell_accuracy(folder / "reward", console)
     _run(methods(folder, settings), folder, jobs=cores, threads=1, console=console)
     runs = [str(folder / name) for name in METHODS]
     report = compare(runs, folder / "report")
@@ -219,7 +219,7 @@ def _check(stage: Stage, process: subprocess.Popen, folder: Path) -> None:
         raise StageFailed(f"{stage.name} failed with exit status {process.returncode}: {said[-1]} (see {log})")
 
 
-def _tell_accuracy(folder: Path, console: Console) -> None:
+def tell_accuracy(folder: Path, console: Console) -> None:
     """Say how good the reward model is on held-out pairs, and warn where that is too little."""
     accuracy = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["eval_accuracy"]
     console.print(f"[bold]reward[/] held-out pair accuracy {accuracy:.3f}", highlight=False)
