@@ -35,7 +35,7 @@ def count_w7(completions: list[str], **_: Any) -> list[float]:
     return [float(text.split().count("w7")) for text in completions]
 
 
-def data(texts: list[str], **columns: list) -> Dataset:
+def data(texts: list, **columns: list) -> Dataset:
     return Dataset.from_dict({"prompt": texts} | columns)
 
 

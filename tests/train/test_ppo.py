@@ -492,6 +492,14 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_with_a_tracker_can_be_resumed(tmp_path: Path) -> None:
+    stopped = run(tmp_path / "a", roles={"callbacks": [Witness(stop=2)]}, log_with="tensorboard", num_steps=4)
+    assert stopped.counters["step"] == 2
+    resumed = run(tmp_path / "a", log_with="tensorboard", num_steps=4, resume=True)
+    whole = run(tmp_path / "b", num_steps=4)
+    assert all(map(torch.equal, learned(resumed), learned(whole)))
+
+
 def test_adapters_are_trained_against_their_own_base_and_saved_alone(tmp_path: Path) -> None:
     base = causal("llama", initializer_range=0.08)
     untouched = {name: p.clone() for name, p in causal("llama", initializer_range=0.08).named_parameters()}
@@ -613,6 +621,30 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
     before = left_behind(tmp_path, run(tmp_path))
     assert left_behind(tmp_path, run(tmp_path, resume=True)) == before
+
+
+def test_a_tokenizer_whose_padding_ends_texts_trains_the_same(tmp_path: Path) -> None:
+    # abc.md section 10, row 4: with pad = eos the end was taken for padding.
+    tokenizer = words()
+    tokenizer.pad_token = tokenizer.eos_token
+    settings: dict[str, Any] = {"sampling": Sampling(max_new_tokens=20), "num_steps": 4, "missing_eos_penalty": 1.0}
+    run(tmp_path / "apart", roles={"model": causal("llama")}, **settings)
+    run(tmp_path / "same", roles={"model": causal("llama"), "processing_class": tokenizer}, **settings)
+    ours = metrics(tmp_path / "same")
+    assert any(0 < line["rollout/eos_rate"] < 1 for line in ours)
+    assert ours == metrics(tmp_path / "apart")
+
+
+def test_chats_are_prompts_and_are_written_as_such_beside_their_responses(tmp_path: Path) -> None:
+    tokenizer = words()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    roles = {"processing_class": tokenizer, "train_dataset": data(chats), "eval_dataset": data(chats)}
+    run(tmp_path / "chat", roles=roles, eval_steps=3)
+    run(tmp_path / "text", roles={"eval_dataset": data(PROMPTS)}, eval_steps=3)
+    assert metrics(tmp_path / "chat") == metrics(tmp_path / "text")
+    samples = (tmp_path / "chat" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in samples[:4]] == chats[:4]
 
 
 def test_a_real_model_trains_on_real_text(shared: Path, tmp_path: Path) -> None:

@@ -200,11 +200,15 @@ def test_gradients_are_scaled_down_to_the_largest_norm_and_logged_before() -> No
 
 
 def test_the_update_stops_when_the_policy_has_moved_far_enough() -> None:
-    free = setting(lr=3e-3).update(PPOConfig(num_ppo_epochs=8))
-    assert free["update/optimizer_steps"] == 8
-    held_setting = setting(lr=3e-3)
-    held = held_setting.update(PPOConfig(num_ppo_epochs=8, target_kl=1e-3))
-    assert 1 <= held["update/optimizer_steps"] < 8
+    results, passes = [], []
+    for target in (None, 1e-3):
+        given, seen = setting(lr=3e-3), []
+        given.policy.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        results.append(given.update(PPOConfig(num_ppo_epochs=8, target_kl=target)))
+        passes.append(len(seen))
+    free, held = results
+    assert free["update/optimizer_steps"] == passes[0] == 8
+    assert 1 <= held["update/optimizer_steps"] == passes[1] - 1 < 7
     assert held["update/skipped_steps"] == 0
     assert held["policy/approx_kl"] < free["policy/approx_kl"]
 
