@@ -95,7 +95,7 @@ def test_generate_reports_reward_divergence_and_a_length_within_the_limits(train
     policy = ("--model", trained.folder / "abc" / "model", "--ref_model", trained.folder / "sft")
     reward = ("--reward_model", trained.folder / "reward", "--data.path", trained.reviews)
     run("generate", *policy, *reward, "--num_prompts", "8", "--output", output)
-    rows = read_records(output)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 8
     assert all(row.keys() == {"prompt", "response", "length", "kl", "score"} for row in rows)
     assert all(24 <= row["length"] <= 64 for row in rows)
