@@ -21,6 +21,7 @@ from apportion.models import (
     load_scorer,
     score_head,
     scorer_from_policy,
+    token_logprobs,
     without_dropout,
 )
 from apportion.sampling import Sampling, sampled_logits
@@ -280,3 +281,16 @@ def test_the_log_probabilities_of_a_uniform_model_are_those_of_a_fair_die() -> N
     torch.nn.init.zeros_(model.lm_head.weight)
     logprobs = Policy(model, (EOS,))(*texts(), Sampling(top_k=0))
     torch.testing.assert_close(logprobs[texts()[3]], torch.full((19,), -math.log(VOCABULARY)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(min_new_tokens=2), Sampling(top_k=3, temperature=0.7)])
+def test_gradients_of_log_probabilities_are_those_of_log_softmax(sampling: Sampling):
+    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    tokens, places, above = torch.tensor([0, 1, 2, 3, 6]), torch.arange(5), torch.randn(5)
+    ours = token_logprobs(hidden, tokens, places, lambda x: x @ head.T, sampling, eos_ids=(4,), vocab_size=7)
+    logits = sampled_logits(hidden @ head.T, sampling, places=places, eos_ids=(4,), chosen=tokens)
+    plain = logits.log_softmax(-1)[places, tokens]
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours @ above, (hidden, head)), torch.autograd.grad(plain @ above, (hidden, head))
+    )

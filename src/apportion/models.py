@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -261,7 +260,7 @@ def token_logprobs(
         logits = sampled_logits(
             project(hidden), sampling, places=places, eos_ids=eos_ids, chosen=tokens, truncate=truncate
         )
-        return -cross_entropy(logits, tokens, reduction="none")
+        return _LogprobOf.apply(logits, tokens)
 
     return _by_chunks(logprobs, (hidden, tokens, places), max(1, CHUNK_ELEMENTS // vocab_size))
 
@@ -321,6 +320,27 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
     return model
+
+
+class _LogprobOf(torch.autograd.Function):
+    """Log-probability of one token a row: `logits[token] - logsumexp(logits)`.
+
+    Its gradient is made in one matrix of the logits' size where autograd fills three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Read the tokens' logits and normalise them."""
+        totals = logits.logsumexp(1)
+        ctx.save_for_backward(logits, tokens, totals)
+        return logits.gather(1, tokens[:, None])[:, 0] - totals
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """One at the token less the distribution, times what comes from above."""
+        logits, tokens, totals = ctx.saved_tensors
+        above = gradients[0][:, None]
+        return (logits - totals[:, None]).exp_().mul_(-above).scatter_add_(1, tokens[:, None], above), None
 
 
 def _by_chunks(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int) -> Float[Tensor, " N"]:
