@@ -50,8 +50,8 @@ def made(folder: Path, name: str, **more: Any) -> PPOTrainer:
     roles |= {"peft_config": LORA} if name == "adapters" else {}
     roles |= {"callbacks": [StopAfterOne()]} if more.pop("stop", False) else {}
     settings: dict[str, Any] = {"sampling": Sampling(max_new_tokens=10), "eval_steps": 2, "eval_batch_size": 1}
-    # Adam moves a parameter by the learning rate even where its gradient is all rounding.
-    settings |= {"learning_rate": 5e-4, "critic_learning_rate": 5e-4}
+    # Adam moves a parameter by up to the learning rate even where its gradient is nothing but rounding.
+    settings |= {"learning_rate": 1e-4, "critic_learning_rate": 1e-4}
     return trainer(folder, roles=roles, **settings | RUNS[name] | more)
 
 

@@ -37,7 +37,8 @@ class PPOConfig:
         max_grad_norm: Gradients are scaled down to this norm, policy and critic apart.
         target_kl: The update stops early when the policy has moved this far (mean k3 estimate a token, nats); None for
             never.
-        max_skipped_steps: A run stops when more steps in a row had a loss or gradient that was not finite.
+        max_skipped_steps: A run stops when updates in a row took no step, and more steps than this had a loss or
+            gradient that was not finite.
 
     Raises:
         ValueError: If a number is out of range or the ratio unknown.
