@@ -1,10 +1,12 @@
 """Run the recipe `imdb-small` on real text: fine-tuning, reward model, token PPO, MA-PPO and ABC, and compare them.
 
-    python benchmarks/imdb_small.py [--data ../shared/data] [--folder runs/imdb-small] [--seed 0] [--jobs 2] [--note TEXT] [--write]
+    python benchmarks/imdb_small.py [--data ../shared/data] [--folder runs/imdb-small] [--seed 0] [--jobs 2]
+                                    [--note TEXT] [--write]
 
 Every stage is an ordinary command of `apportion` in one thread, `--jobs` at a time, and printed. A stage that is
-complete is not done again; `--note` says in the report what a reader has to know of it. The policies answer the held-out prompts, from the same random numbers, by `apportion
-generate`. With `--write` the report goes to `benchmarks/results/imdb-small-DATE.md`.
+complete is not done again; `--note` adds to the report what a reader has to know of that. The policies answer the
+held-out prompts, from the same random numbers, by `apportion generate`. With `--write` the report goes to
+`benchmarks/results/imdb-small-DATE.md`.
 
 The data are files with the layout of `--data`: stories260k/ (a model), movie_reviews/movie_reviews.jsonl.gz (whole
 reviews) and rt_polarity/rt_polarity.jsonl.gz (labelled sentences).
@@ -162,8 +164,8 @@ def by_length(plan: Plan) -> Iterator[str]:
     cut = [row["score"] for row in rows if row["length"] == longest]
     ended = [row["score"] for row in rows if row["length"] < longest]
     yield f"Length has its part in the reward: before PPO the {len(cut)} responses of {longest} tokens have"
-    yield f"{with_error(cut)}, the {len(ended)} shorter ones {with_error(ended)}. So the rise is also told over the prompts"
-    yield "to which both policies wrote a response of that length."
+    yield f"{with_error(cut)}, the {len(ended)} shorter ones {with_error(ended)}. So the rise is also told over the"
+    yield "prompts to which both policies wrote a response of that length."
     yield ""
 
 
@@ -212,9 +214,10 @@ def report(plan: Plan, notes: Sequence[str]) -> Iterator[str]:
     yield ""
     yield from circumstances()
     yield f"- fine-tuning: held-out loss {sft['eval_loss']:.2f} nats a token, {sft['train_runtime']:.0f} s"
-    yield f"- reward model: accuracy {scorer['eval_accuracy']:.3f} on held-out pairs, those that the recipe's max_length"
-    yield f"  leaves, half of them cut; {scorer['train_runtime']:.0f} s"
-    yield "- learning rate and kl_coef of the recipe were chosen in a few trial runs that looked at the same held-out prompts"
+    yield f"- reward model: accuracy {scorer['eval_accuracy']:.3f} on held-out pairs, which max_length leaves, about"
+    yield f"  half of them cut; {scorer['train_runtime']:.0f} s"
+    yield "- learning rate, kl_coef and the start of the reward model were chosen in a few trials that looked at"
+    yield "  the same held-out prompts and pairs"
     yield from (f"- {text}" for text in notes)
     yield ""
     yield "## Responses to held-out prompts"
