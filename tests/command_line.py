@@ -117,6 +117,10 @@ def _write_models(folder: Path, stories: Path, tokenizer: PreTrainedTokenizerBas
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     other = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_hidden_layers=1, **sizes))
     _save(other, tokenizer, folder / "other_vocabulary")
+    policy.save_pretrained(folder / "no_tokenizer")
+    _save(policy, tokenizer, folder / "damaged")
+    weights = folder / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     tokenizer.pad_token = None
     _save(policy, tokenizer, folder / "no_padding")
 

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import AutoTokenizer
 
 from apportion.batch import Prompts
 from apportion.data.files import Files, Source
@@ -21,7 +20,7 @@ from apportion.sampling import Sampling
 from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode
 from apportion.streams import generator
 from apportion.train.evaluation import check_names, measured_rows, name_of
-from apportion.train.launch import check_model, named, tell_dropped
+from apportion.train.launch import check_model, named, tell_dropped, tokenizer_of
 from apportion.train.learner import check_vocabulary, end_tokens
 from apportion.train.run import check_place
 
@@ -124,7 +123,7 @@ class _Measure:
     def __init__(self, settings: Generate) -> None:
         self.settings = settings
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self.tokenizer = tokenizer_of(settings.model)
         splits = settings.data(self.tokenizer)
         data = splits.get("eval", splits["train"])
         data = data.select(range(min(settings.num_prompts or len(data), len(data))))
@@ -156,7 +155,7 @@ class _Measure:
             )
             columns["kl"] = rollout.kl.sum(1)
         columns |= {name: reward(prompts, responses).scores for name, reward in self.rewards.items()}
-        return measured_rows(prompts, decode(self.tokenizer, responses), columns)
+        return measured_rows(prompts, decode(self.tokenizer, prompts, responses), columns)
 
     def _policy(self, path: str) -> Policy:
         model = self._placed(load_policy(path))
@@ -172,7 +171,7 @@ class _Measure:
             path, template = self.settings.reward_model, self.settings.reward_template
             rewards["score"] = RewardModel(
                 self._placed(load_scorer(path)),
-                AutoTokenizer.from_pretrained(path),
+                tokenizer_of(path),
                 self.tokenizer,
                 template=None if template is None else named(template),
             )

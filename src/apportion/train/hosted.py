@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from apportion.data.files import Files, Source
-from apportion.train.launch import check_model
+from apportion.train.launch import check_model, tokenizer_of
 from apportion.train.run import check_place
 
 
@@ -203,10 +203,10 @@ def load_tokenizer(recipe: HostedRecipe) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: If there is no such model folder.
-        ValueError: If it has no padding token and the recipe sets none.
+        ValueError: If there is no tokenizer, or it has no padding token and the recipe sets none.
     """
     check_model(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer = tokenizer_of(recipe.model)
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token {recipe.pad_token!r} is not in the vocabulary of {recipe.model}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from apportion.data.files import Files, Source
@@ -103,7 +104,8 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
     reward = recipe.reward_model if recipe.reward_function is None else named(recipe.reward_function)
     template = None if recipe.reward_template is None else named(recipe.reward_template)
     eval_rewards = [named(path) for path in recipe.eval_functions]
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer = tokenizer_of(recipe.model)
+    reward_tokenizer = None if recipe.reward_model is None else tokenizer_of(recipe.reward_model)
     data = recipe.data(tokenizer)
     if eval_rewards and "eval" not in data:
         raise ValueError(f"eval_functions is {recipe.eval_functions}, but no rows are held out; give data.eval_rows")
@@ -114,6 +116,7 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
         recipe,
         model=recipe.model,
         reward_model=reward,  # type: ignore[arg-type] # one of the two is given
+        reward_processing_class=reward_tokenizer,
         reward_template=template,
         ref_model=recipe.ref_model,
         value_model=recipe.value_model,
@@ -137,9 +140,11 @@ def check_model(path: str) -> None:
 
     Raises:
         FileNotFoundError: If there is no such folder, and the hub does not give such a model; or the folder holds none.
-        ValueError: If its weights would have to be unpickled.
+        ValueError: If its weights would have to be unpickled, or their file is damaged.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise FileNotFoundError(f"model {path} is a file; give the folder that save_pretrained wrote, or a hub name")
     if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"{path} holds no model (no config.json); give the folder that save_pretrained wrote")
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -154,6 +159,25 @@ def check_model(path: str) -> None:
             f"there is no model folder {path}, and the hub does not give a model of this name ({reason})"
         ) from error
     refuse_pickles(path)
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "numpy"):  # reads the head of the file alone
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); copy or save the model again") from error
+
+
+def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"{path} has no tokenizer that can be read; save one beside the model ({reason})") from error
 
 
 def tell_dropped(count: int, limit: int) -> None:
