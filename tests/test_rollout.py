@@ -242,6 +242,28 @@ def test_the_divergence_from_oneself_is_zero_and_from_a_reference_is_positive_un
                 assert divergence.mean() > -3 * divergence.std() / len(divergence) ** 0.5
 
 
+@pytest.mark.parametrize("name", ["top-k", "top-p", "all"])
+def test_the_divergence_from_oneself_under_a_cut_is_minus_the_log_of_the_probability_kept(name: str) -> None:
+    prompts, model, sampling = prompts_of(*PROMPTS * 4), causal("llama"), SAMPLINGS[name]
+    responses = respond(model, sampling, prompts)
+    rollout = complete(prompts, responses, reference=Policy(model, (EOS,)), critic=None, sampling=sampling, budget=8192)
+    ids = torch.cat([prompts.prompt_ids, responses.response_ids], 1)
+    attention = torch.cat([prompts.prompt_mask, responses.response_mask], 1).long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
+    logits = logits[:, prompts.prompt_ids.shape[1] - 1 : -1] / sampling.temperature
+    logits[:, : sampling.min_new_tokens, EOS] = -torch.inf
+    kept = logits.softmax(-1).sort(descending=True).values
+    among = torch.arange(kept.shape[-1]) < (sampling.top_k or kept.shape[-1])
+    renormalized = kept * among / (kept * among).sum(-1, keepdim=True)
+    nucleus = renormalized.cumsum(-1) - renormalized < sampling.top_p
+    mass = (kept * (among & nucleus)).sum(-1)
+    wanted = torch.where(responses.response_mask, -mass.log(), 0)
+    torch.testing.assert_close(rollout.kl, wanted, atol=1e-4, rtol=1e-4)
+    assert wanted.sum(1).min() > 0.1
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_adapters_sample_and_their_base_is_the_reference() -> None:
     config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])

@@ -40,7 +40,8 @@ class Rollout:
         response_ids: (B, T) int64. Right-padded response, its end-of-text token included.
         response_mask: (B, T) bool. False on padding and on tokens that the policy did not choose (tool output).
         old_logprobs: (B, T) float. Log-probability under the distribution that was sampled, in nats.
-        ref_logprobs: (B, T) float. The same under the reference model.
+        ref_logprobs: (B, T) float. The same tokens under the reference model, at the same temperature and minimum
+            length, but over its whole vocabulary: top-k and top-p do not apply to it.
         values: (B, T) float. Critic before each token.
 
     Raises:
