@@ -377,3 +377,9 @@ def test_what_print_config_prints_is_read_back_as_the_same(config: Path) -> None
     assert printed["learning_rate"] == 1e-5
     again = write_yaml(config.with_name("again.yaml"), printed)
     assert resolved("ppo", "--config", again) == printed
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(here: Path) -> None:
+    (here / "stopping.py").write_text("raise KeyboardInterrupt")
+    done = apportion("generate", "--model", "m", "--output", "o", "--data", "stopping.Source")
+    assert (done.code, done.err) == (130, "apportion generate: interrupted\n")

@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        0; 2 after an error that the user can mend, which is told in one line. APPORTION_TRACEBACK=1 tells where.
+        0; 2 after an error that the user can mend, which is told in one line, and with APPORTION_TRACEBACK=1 as it
+        came about; 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -108,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("APPORTION_TRACEBACK") or not _is_ours(error):
             raise
         return _fail(f"apportion {name}", str(error))
+    except KeyboardInterrupt:
+        print(f"apportion {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(name: str, argv: list[str]) -> int:
@@ -314,6 +318,7 @@ def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
