@@ -259,6 +259,10 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
     ("make", "message"),
     [
         (lambda: FixedNgram(n=0), "n is 0; an n-gram has at least 1 token"),
+        (lambda: FixedNgram(n=2.5), r"n is 2\.5, which counts no tokens; give a whole number"),  # pyright: ignore
+        (lambda: FixedNgram(n=True), "n is True, which counts no tokens"),
+        (lambda: RandomizedNgram(lengths=(2, 0.5)), r"lengths is 0\.5, which counts no tokens"),  # pyright: ignore
+        (lambda: RandomizedNgram(repeats=1.5), r"repeats is 1\.5, which counts no tokens"),  # pyright: ignore
         (lambda: RandomizedNgram(lengths=()), r"lengths is \(\); give at least one length"),
         (lambda: RandomizedNgram(lengths=(2, 0)), r"lengths is \(2, 0\); give at least one length, each at least 1"),
         (lambda: RandomizedNgram(repeats=0), "repeats is 0; each length occurs at least once"),

@@ -236,3 +236,12 @@ def test_a_ratio_without_a_meaning_is_refused(arguments: dict, message: str) -> 
     x = torch.zeros(1, 2)
     with without_type_checks(), pytest.raises(ValueError, match=message):
         policy_loss(x, x, x, x == 0, cliprange=0.2, **arguments)
+
+
+@pytest.mark.parametrize("number", [0.0, -0.2, math.nan])
+def test_a_clip_range_that_holds_nothing_is_refused(number: float) -> None:
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=f"cliprange is {number}; choose a positive number"):
+        policy_loss(x, x, x, x == 0, cliprange=number)
+    with pytest.raises(ValueError, match=f"cliprange_value is {number}; choose a positive number"):
+        value_loss(x, x, x, x == 0, cliprange_value=number)

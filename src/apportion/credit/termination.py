@@ -6,6 +6,7 @@ last valid token of a row always closes. Any callable of that form will do; thos
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -15,6 +16,12 @@ from torch import Tensor
 from apportion.batch import Rollout
 from apportion.credit.row_keys import row_keys
 from apportion.masked import compact, is_last, ranks
+
+
+def _check_whole(name: str, number: object) -> None:
+    """Refuse what cannot count tokens: 2.5 would close an action nowhere, True would pass for 1."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise ValueError(f"{name} is {number!r}, which counts no tokens; give a whole number, such as 5")
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,10 @@ class FixedNgram(TerminationCondition):
     """Close after every n tokens; what is left at the end is a shorter last action.
 
     Attributes:
-        n: Tokens of an action, at least 1.
+        n: Tokens of an action, a whole number of at least 1.
 
     Raises:
-        ValueError: If n is less than 1.
+        ValueError: If n is not a whole number, or less than 1.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2: n = 5, and n = 10 for programs.
@@ -73,6 +80,7 @@ class FixedNgram(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse actions without tokens."""
+        _check_whole("n", self.n)
         if self.n < 1:
             raise ValueError(f"n is {self.n}; an n-gram has at least 1 token")
 
@@ -95,7 +103,7 @@ class RandomizedNgram(TerminationCondition):
         seed: Another seed gives other shuffles.
 
     Raises:
-        ValueError: If there is no length, or a length or `repeats` is less than 1.
+        ValueError: If there is no length, or a length or `repeats` is not a whole number or less than 1.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2. Its official code has lengths (1, 2, 3, 5, 10).
@@ -107,6 +115,8 @@ class RandomizedNgram(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse actions without tokens."""
+        for name, number in (*(("lengths", length) for length in self.lengths), ("repeats", self.repeats)):
+            _check_whole(name, number)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths is {self.lengths}; give at least one length, each at least 1")
         if self.repeats < 1:

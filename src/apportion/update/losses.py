@@ -89,9 +89,13 @@ def policy_loss(
     Returns:
         () float32.
 
+    Raises:
+        ValueError: If cliprange is not positive, or the ratio is unknown or needs macro_ids and has none.
+
     Source:
         Schulman et al., 2017 (https://arxiv.org/abs/1707.06347), equation 7; MA-RLHF, section 3.2.
     """
+    _check_positive("cliprange", cliprange)
     ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
     weights = advantages.float() if ratio == "token" or macro_ids is None else _of_actions(advantages, macro_ids)
     losses = torch.maximum(-weights * ratios, -weights * ratios.clamp(1 - cliprange, 1 + cliprange))
@@ -116,15 +120,20 @@ def value_loss(
         old_values: (B, T) float. Critic at the time of the rollout.
         returns: (B, T) float. Targets.
         mask: (B, T) bool. True on valid response tokens.
-        cliprange_value: Largest step of a value from its old one; None for no clipping.
+        cliprange_value: Largest step of a value from its old one, positive; None for no clipping.
         denominator: () float. Tokens to divide by, when these rows are part of a larger batch.
 
     Returns:
         () float32.
 
+    Raises:
+        ValueError: If cliprange_value is a number that is not positive.
+
     Source:
         Schulman et al., 2017; MA-RLHF's official code, `ppo_trainer.py`, critic loss.
     """
+    if cliprange_value is not None:
+        _check_positive("cliprange_value", cliprange_value)
     # Masked here and not only in the mean: a NaN of the padding would come back as a gradient, 0 * NaN.
     values, old_values, returns = (torch.where(mask, x.float(), 0) for x in (values, old_values, returns))
     losses = (values - returns).square()
@@ -132,6 +141,12 @@ def value_loss(
         clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
         losses = torch.maximum(losses, (clipped - returns).square())
     return 0.5 * _mean_over(losses, mask, denominator)
+
+
+def _check_positive(name: str, number: float) -> None:
+    """Refuse a range that holds nothing: clipping to it would pin the model where it was, without a word."""
+    if not number > 0:
+        raise ValueError(f"{name} is {number}; choose a positive number")
 
 
 def _of_actions(x: Float[Tensor, "B T"], macro_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B M"]:
