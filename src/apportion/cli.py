@@ -134,7 +134,9 @@ def _run(name: str, argv: list[str]) -> int:
         raise ValueError(_reason(str(error), parser._option_string_actions)) from error
     given = settings(**{f.name: getattr(chosen, f.name) for f in fields(settings)})
     function = getattr(module, command.function)
-    function(given, text) if command.keeps_config else function(given)
+    written = function(given, text) if command.keeps_config else function(given)
+    if written is not None:
+        print(f"{name}: {written}")
     return 0
 
 

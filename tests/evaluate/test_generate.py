@@ -66,7 +66,7 @@ def test_score_divergence_and_length_are_those_of_plain_transformers(task: Path)
             chances = [model(text).logits[0, place].log_softmax(-1) for model in (policy, reference)]
             score = scorer(text).logits[0, 0]
         tokens = torch.arange(len(response)), torch.tensor(response)
-        assert row["response"] == tokenizer.decode(response, skip_special_tokens=True)
+        assert row["response"] == tokenizer.decode(prompt + response, skip_special_tokens=True)[len(row["prompt"]) :]
         assert row["length"] == len(response)
         assert row["kl"] == pytest.approx(float((chances[0] - chances[1])[tokens].sum()), abs=1e-4)
         assert row["score"] == pytest.approx(float(score), abs=1e-4)

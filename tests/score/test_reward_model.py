@@ -1,12 +1,14 @@
 """Scores are those of transformers' own classification head, and what comes with them belongs to the same position."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedModel,
@@ -223,7 +225,7 @@ def test_a_function_gets_prompts_completions_and_columns_by_keyword(tokenizer: P
         columns={"answer": [1, 2, 3, 4], "topic": ["v", "w", "x", "y"]},
     )
     scores = FunctionReward(reward, tokenizer)(prompts, responses)
-    texts = ["the film is good", "plot was not very dull and bad", "the", "good good ."]
+    texts = [" the film is good", " plot was not very dull and bad", " the", " good good ."]
     assert seen == {
         "prompts": prompts.texts,
         "completions": texts,
@@ -263,4 +265,20 @@ def test_a_function_is_refused_where_attention_is_needed(tokenizer: PreTrainedTo
 
 
 def test_decoded_responses_hold_neither_padding_nor_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert decode(tokenizer, readable(tokenizer)[1]) == [text.removesuffix(" </s>") for text in READABLE]
+    texts = decode(tokenizer, *readable(tokenizer))
+    assert [text.strip() for text in texts] == [text.removesuffix(" </s>") for text in READABLE]
+
+
+def test_a_completion_keeps_the_space_that_begins_it(shared: Path) -> None:
+    # A sentencepiece decoder drops the first space of what it is given: "film" and " ing" would become "filming".
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "stories260k")
+    prompt, whole = (tokenizer(text)["input_ids"] for text in ("a small dog", "a small dog went home"))
+    ids = torch.tensor([whole[len(prompt) :]])
+    prompts = Prompts(
+        prompt_ids=torch.tensor([prompt]),
+        prompt_mask=torch.ones(1, len(prompt), dtype=torch.bool),
+        texts=["a small dog"],
+        columns={},
+    )
+    responses = Responses(response_ids=ids, response_mask=torch.ones_like(ids, dtype=torch.bool), logprobs=ids.float())
+    assert decode(tokenizer, prompts, responses) == [" went home"]

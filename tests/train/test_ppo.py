@@ -251,7 +251,7 @@ def test_logged_divergence_length_and_score_are_the_masked_means_that_they_claim
     prompts = made.prompts.batch(made_indices(made))
     responses = made.respond(prompts, generator(0, "sample", 0))
     rollout = made.complete(prompts, responses)
-    texts = decode(made.tokenizer, responses)
+    texts = decode(made.tokenizer, prompts, responses)
     made.train()
     (found,) = metrics(tmp_path)
     mask, kl = rollout.response_mask, rollout.old_logprobs - rollout.ref_logprobs

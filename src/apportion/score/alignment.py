@@ -163,7 +163,7 @@ def align(
         ValueError: If the reward tokenizer is slow or without padding token, the template changes the response, or a
             row has no reward token at all.
     """
-    pad_token_id = _usable_pad(reward_tokenizer)
+    pad_token_id = usable_pad(reward_tokenizer)
     special = special_ids(policy_tokenizer)
     placed = [
         _place(policy_tokenizer, special, *ids, template, None if prompts is None else prompts[row])
@@ -192,14 +192,17 @@ class _Encoded:
     spans: list[Span]
 
 
-def _usable_pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def usable_pad(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token of a tokenizer that gives offsets."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets: load the reward model's fast tokenizer"
         )
     if not isinstance(tokenizer.pad_token_id, int):
-        raise ValueError("the reward tokenizer has no padding token: set tokenizer.pad_token, to the EOS token for one")
+        name = tokenizer.name_or_path or "in memory"
+        raise ValueError(
+            f"the reward tokenizer ({name}) has no padding token: set its pad_token, to the EOS token for one, and save it"
+        )
     return tokenizer.pad_token_id
 
 

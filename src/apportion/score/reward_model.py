@@ -12,7 +12,7 @@ from apportion.batch import Prompts, Scores
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
 from apportion.rollout import Responses, trim, widths
-from apportion.score.alignment import Template, align, concatenation
+from apportion.score.alignment import Template, align, concatenation, usable_pad
 from apportion.score.attention import capture_row
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -52,7 +52,7 @@ class FunctionReward:
             raise ValueError(
                 f"the redistribution needs {wanted} of a reward model; {_name(self.function)} is a function"
             )
-        texts, name = decode(self.tokenizer, responses), _name(self.function)
+        texts, name = decode(self.tokenizer, prompts, responses), _name(self.function)
         answer = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
         if len(answer) != len(texts):
             raise ValueError(f"{name} returned {len(answer)} scores for {len(texts)} responses")
@@ -92,6 +92,8 @@ class RewardModel:
         self.model, self.tokenizer, self.policy_tokenizer = model.eval(), tokenizer, policy_tokenizer
         self.budget, self.template, self.layer = budget, template, layer
         self.same_tokens = template is None and same_vocabulary(tokenizer, policy_tokenizer)
+        if not self.same_tokens:
+            usable_pad(tokenizer)
 
     def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
         """Score B responses."""
@@ -194,10 +196,33 @@ def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
     return one is other or one.get_vocab() == other.get_vocab()
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
-    """Decode responses to text, without special tokens."""
+def decode(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> list[str]:
+    """Decode responses in the context of their prompts, without special tokens.
+
+    On its own a response may lose its first space, and with it the word that it begins: prompt and completion are one
+    text.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: B prompts.
+        responses: Their responses.
+
+    Returns:
+        B completions; the decoded prompt with its completion behind it is the decoded whole.
+    """
+    prompt_rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+    heads = [ids[mask].tolist() for ids, mask in prompt_rows]
     rows = zip(responses.response_ids.tolist(), responses.response_mask.sum(1).tolist(), strict=True)
-    return [str(tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
+    tails = [ids[:length] for ids, length in rows]
+    return [_decoded_after(tokenizer, head, tail) for head, tail in zip(heads, tails, strict=True)]
+
+
+def _decoded_after(tokenizer: PreTrainedTokenizerBase, head: list[int], tail: list[int]) -> str:
+    """Decode what comes after a prompt; on its own where the prompt's last character goes on in it."""
+    before, whole = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (head, head + tail))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(tail, skip_special_tokens=True))
 
 
 def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:

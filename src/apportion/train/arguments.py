@@ -87,6 +87,11 @@ class PPOArguments:
                 raise ValueError(f"{name} is {value}; choose at least 1")
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size is {self.eval_batch_size}; choose at least 1, or None for batch_size")
+        if self.ppo.num_mini_batches > self.batch_size:
+            raise ValueError(
+                f"ppo.num_mini_batches is {self.ppo.num_mini_batches}, more than the {self.batch_size} responses of "
+                "batch_size; lower it"
+            )
         for name in ("eval_steps", "save_steps", "warmup_steps", "num_logged_samples", "weight_decay"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} is {value}; choose at least 0")

@@ -79,7 +79,7 @@ class Evaluation:
             "length": rollout.lengths.float(),
         }
         columns |= {name_of(reward.function): reward(prompts, responses).scores for reward in self.rewards}
-        rows = measured_rows(prompts, decode(trainer.tokenizer, responses), columns)
+        rows = measured_rows(prompts, decode(trainer.tokenizer, prompts, responses), columns)
         return [{"index": index} | row for index, row in zip(indices, rows, strict=True)]
 
 
