@@ -145,8 +145,8 @@ def redistribute(row: Row, options: Options, steps: list[int]) -> list[float]:
 
 
 def normalised(attention: list[float]) -> list[float]:
-    """Make the weights sum to 1; without any mass all of it goes to the last token."""
-    mass = math.fsum(attention)
+    """Make the weights sum to 1; without any mass, or a finite one, all of it goes to the last token."""
+    mass = math.fsum(attention) if all(map(math.isfinite, attention)) else 0.0
     if mass > 0:
         return [a / mass for a in attention]
     return [float(t == len(attention) - 1) for t in range(len(attention))]

@@ -137,9 +137,20 @@ def test_the_scale_of_the_attention_does_not_matter() -> None:
     mask = mask_of_lengths(5, 3)
     rollout, scores = random_rollout(mask), random_scores(mask)
     assert scores.attention is not None
-    for scale in 1e-30, 1e-3, 1e6:
+    for scale in 1e-30, 1e-3, 1e6, 3e38:  # at the last one the sum of a row is beyond float32
         scaled = replace(scores, attention=scores.attention * scale)
         torch.testing.assert_close(Attention()(rollout, scaled), Attention()(rollout, scores))
+        assert attention_fallbacks(rollout, scaled) == 0
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_attention_that_is_not_finite_stays_at_the_end_and_is_counted(number: float) -> None:
+    rollout = random_rollout(mask_of_lengths(3, 3))
+    scores = scores_at([2.0, 6.0], attention=[[1.0, number, 1.0], [1.0, 1.0, 1.0]])
+    placed = Attention(beta=1.0)(rollout, scores)
+    torch.testing.assert_close(placed, torch.tensor([[0.0, 0, 2], [2, 2, 2]]))
+    assert attention_fallbacks(rollout, scores) == 1
+    assert reference.normalised([1.0, number, 1.0]) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("redistribution", [Attention(), Attention(beta=1.0), Shuffled(inner=Attention())], ids=str)

@@ -175,7 +175,7 @@ class Attention(Redistribution):
 
         share_t = R * a_t / sum_i a_i
 
-    A row without attention on its response, or with NaN among it, keeps its score on the last token;
+    A row without attention on its response, or with NaN or an infinity among it, keeps its score on the last token;
     `attention_fallbacks` counts such rows.
 
     Attributes:
@@ -208,14 +208,24 @@ class Attention(Redistribution):
         """Give each token its part of the attention."""
         assert scores.attention is not None  # __call__ has checked; for the type checker
         mask = rollout.response_mask
-        attention = torch.where(mask, scores.attention.float(), 0)
-        mass = attention.sum(1, keepdim=True)
+        attention, mass = _attention_and_mass(scores.attention, mask)
         alpha = torch.where(mass > 0, attention / torch.where(mass > 0, mass, 1), is_last(mask).float())
         return torch.where(mask, scores.scores.float()[:, None] * alpha, 0)
 
 
+def _attention_and_mass(
+    attention: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B 1"]]:
+    """Scale each row by its largest attention, so that no sum overflows, and sum it; 0 where that is not finite."""
+    attention = torch.where(mask, attention.float(), 0)
+    largest = torch.nn.functional.pad(attention, (0, 1)).amax(1, keepdim=True)
+    attention = attention / torch.where(largest > 0, largest, 1)
+    mass = attention.sum(1, keepdim=True)
+    return attention, torch.where(mass.isfinite(), mass, 0)
+
+
 def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
-    """Count the responses on which the reward model's attention is zero or NaN: there `Attention` acts as `Terminal`.
+    """Count the responses with no attention, or one that is not finite: there `Attention` acts as `Terminal`.
 
     Args:
         rollout: The responses.
@@ -227,8 +237,8 @@ def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
     mask = rollout.response_mask
     if scores.attention is None:
         return mask.new_zeros((), dtype=torch.long)
-    mass = torch.where(mask, scores.attention.float(), 0).sum(1)
-    return (mask.any(1) & ~(mass > 0)).sum()
+    mass = _attention_and_mass(scores.attention, mask)[1][:, 0]
+    return (mask.any(1) & (mass <= 0)).sum()
 
 
 @dataclass(frozen=True)
