@@ -475,6 +475,22 @@ def test_the_official_preset_is_the_table() -> None:
     assert CreditConfig.official(kl_coef=0.1, score_clamp=None).kl_coef == 0.1
 
 
+def test_the_official_preset_gives_conditions_their_official_defaults() -> None:
+    """ma-rlhf.md section 2, rows `random lengths` and `perplexity boundary`; what was set otherwise stays."""
+    official = {
+        RandomizedNgram(): RandomizedNgram(lengths=(1, 2, 3, 5, 10)),
+        RandomizedNgram(seed=3, repeats=2): RandomizedNgram(lengths=(1, 2, 3, 5, 10), seed=3, repeats=2),
+        RandomizedNgram(lengths=(4,)): RandomizedNgram(lengths=(4,)),
+        Perplexity(): Perplexity(early=True),
+        Perplexity(variant="segment"): Perplexity(variant="segment"),
+        FixedNgram(n=3): FixedNgram(n=3),
+    }
+    for given_condition, wanted in official.items():
+        assert CreditConfig.official(termination=given_condition).termination == wanted
+        assert CreditConfig.paper(termination=given_condition).termination == given_condition
+    assert replace(CreditConfig.official(), termination=Perplexity()).termination == Perplexity()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

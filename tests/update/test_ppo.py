@@ -289,3 +289,10 @@ def test_more_minibatches_than_responses_are_refused() -> None:
 def test_a_setting_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
     with without_type_checks(), pytest.raises(ValueError, match=f"{name} is {value!r}"):
         PPOConfig(**{name: value})
+
+
+def test_the_presets_clip_the_ratio_of_the_paper_and_of_the_official_code() -> None:
+    """ma-rlhf.md section 2, rows `ratio`, `rollouts, PPO epochs, minibatches` and `value loss`."""
+    assert PPOConfig.paper() == PPOConfig(ratio="macro", num_ppo_epochs=1, num_mini_batches=1, cliprange_value=0.2)
+    assert PPOConfig.official() == PPOConfig(ratio="token", num_ppo_epochs=1, num_mini_batches=1, cliprange_value=0.2)
+    assert PPOConfig.paper(cliprange=0.1, ratio="macro_mean") == PPOConfig(cliprange=0.1, ratio="macro_mean")

@@ -21,8 +21,10 @@ from apportion.credit.macro_actions import (
 )
 from apportion.credit.redistribution import Redistribution, Terminal
 from apportion.credit.rewards import token_level_rewards
-from apportion.credit.termination import FixedNgram, TerminationCondition
+from apportion.credit.termination import FixedNgram, Perplexity, RandomizedNgram, TerminationCondition
 from apportion.masked import Reduce, alone, is_last, masked_whiten, ranks
+
+Condition = TerminationCondition | Callable[[Rollout], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class CreditConfig:
         ValueError: If a number is out of range or a name is unknown.
     """
 
-    termination: TerminationCondition | Callable[[Rollout], Tensor] = field(default_factory=FixedNgram)
+    termination: Condition = field(default_factory=FixedNgram)
     redistribution: Redistribution = field(default_factory=Terminal)
     advantage: GAE = field(default_factory=GAE)
     macro_value: Pooling = "equal"
@@ -74,13 +76,16 @@ class CreditConfig:
 
     @classmethod
     def official(cls, **changes: Any) -> Self:
-        """MA-PPO as its official code computes it, less what can only crash; `position` pools as that code does.
+        """MA-PPO as its official code computes it, less what can only crash, with changes by keyword.
 
-        Its other differences lie in the conditions: `RandomizedNgram(lengths=(1, 2, 3, 5, 10))` and
-        `Perplexity(early=True)`.
+        What the code computes otherwise than the paper is adapted in the changes too: `position` pools with falling
+        weights, `RandomizedNgram` with its default lengths gets (1, 2, 3, 5, 10), and `Perplexity()` closes early. For
+        the paper's form of one of these, `dataclasses.replace` the preset.
         """
         if changes.get("macro_value") == "position":
             changes["macro_value"] = "position_falling"
+        if "termination" in changes:
+            changes["termination"] = _official_termination(changes["termination"])
         preset = cls(macro_reward="mean", score_clamp=2.5, last_token_apart=True)
         return replace(preset, **changes)
 
@@ -155,6 +160,13 @@ def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
         answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
         raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(mask.shape)}")
     return macro_ids(closes | _second_to_last(mask) if config.last_token_apart else closes, mask)
+
+
+def _official_termination(termination: Condition) -> Condition:
+    """Give a condition the defaults that it has in the official code."""
+    if isinstance(termination, RandomizedNgram) and termination.lengths == RandomizedNgram.lengths:
+        return replace(termination, lengths=(1, 2, 3, 5, 10))
+    return Perplexity(early=True) if termination == Perplexity() else termination
 
 
 def _second_to_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

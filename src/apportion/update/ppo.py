@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -68,6 +68,16 @@ class PPOConfig:
             raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; choose at least 0")
         if self.ratio not in ("token", "macro", "macro_mean"):
             raise ValueError(f"ratio is {self.ratio!r}; choose 'token', 'macro' or 'macro_mean'")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """Clip the ratio of a macro action, as MA-RLHF's paper describes it, with changes by keyword."""
+        return replace(cls(ratio="macro"), **changes)
+
+    @classmethod
+    def official(cls, **changes: Any) -> Self:
+        """Clip the ratio of a token, as MA-RLHF's official code does, with changes by keyword."""
+        return replace(cls(ratio="token"), **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
