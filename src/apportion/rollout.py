@@ -146,7 +146,8 @@ class _RoomyLayer(DynamicLayer):
         first, states = self.get_seq_length(), (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.kept = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in states]
+            # Autocast rotates keys in float32 but reads them in the values' dtype: cast once, not with every token.
+            self.kept = [value_states.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in states]
         for kept, new in zip(self.kept, states, strict=True):
             kept[:, :, first : first + new.shape[2]] = new
         return self._show(first + key_states.shape[2])
