@@ -87,6 +87,19 @@ def test_long_rows_keep_their_sums(redistribution: Redistribution) -> None:
     torch.testing.assert_close(found, wanted_total(redistribution, scores, 1.0, torch.zeros(4)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("deviation", "tokens", "atol"), [(1.0, 512, 1e-5), (3.0, 512, 4e-5), (10.0, 4096, 4e-4)])
+def test_rounding_of_prefix_differences_stays_within_its_bound(deviation: float, tokens: int, atol: float) -> None:
+    """The bounds of the docstring: of the exact sum, and as measured of the sum in float32."""
+    mask = mask_of_lengths(*[tokens] * 16)
+    scores = random_scores(mask)
+    assert scores.prefix_scores is not None
+    scores = replace(scores, prefix_scores=deviation * scores.prefix_scores)
+    placed = PrefixDifference()(random_rollout(mask), scores)
+    wanted = wanted_total(PrefixDifference(), scores, 1.0, torch.zeros(16))
+    assert ((placed.double().sum(1) - wanted).abs() <= 2**-24 * placed.double().abs().sum(1)).all()
+    torch.testing.assert_close(placed.sum(1).double(), wanted, atol=atol, rtol=0)
+
+
 @every_redistribution
 @pytest.mark.parametrize("per", ["token", "action"])
 @given(mask=masks, seed=st.integers(0, 99), gamma=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
@@ -220,6 +233,22 @@ def test_shuffling_permutes_inside_each_row(mask: Tensor, seed: int) -> None:
     inner, shuffled = (r(rollout, scores) for r in (attention, Shuffled(inner=attention, seed=seed)))
     torch.testing.assert_close(shuffled.sort(1).values, inner.sort(1).values)
     assert torch.equal(shuffled[~mask], torch.zeros(int((~mask).sum())))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_shuffled_prefix_differences_discount_the_bare_prompt_too(gamma: float) -> None:
+    mask = mask_of_lengths(12, 5)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+    assert scores.prefix_scores is not None
+    placed = Shuffled(inner=PrefixDifference())(rollout, scores, gamma=gamma)
+    last = gamma ** (mask.sum(1).double() - 1)
+    found = (gamma ** ranks(mask).clamp(min=0).double() * placed.double()).sum(1)
+    wanted = last * (scores.scores - scores.prefix_scores[:, 0]).double()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    from_zero = PrefixDifference(from_prompt=False)
+    shuffled = Shuffled(inner=from_zero)(rollout, scores, gamma=gamma).double()
+    found = (gamma ** ranks(mask).clamp(min=0).double() * shuffled).sum(1)
+    torch.testing.assert_close(found, wanted_total(from_zero, scores, gamma, mask.sum(1) - 1.0), atol=1e-5, rtol=0)
 
 
 def test_shuffling_leaves_the_remainder_at_the_end() -> None:

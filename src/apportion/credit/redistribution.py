@@ -253,6 +253,11 @@ class PrefixDifference(Redistribution):
     constant of the prompt. The factor gamma stands only where a token and the next valid one are different steps of
     discounting.
 
+    Sums are exact but for float32: each difference is rounded to nearest, so the exact sum of a row lies within
+    2^-24 * sum_t |d_t| of the stated one; to add them up in float32 rounds again. With opinions of standard deviation 3
+    over 512 tokens that came to 2e-5, with 10 over 4096 to 2e-4. Opinions are not rounded to a grid on which sums would
+    be exact, for that would move each token's reward by more than the sums are off.
+
     Attributes:
         beta: The part of the score that is spread, in [0, 1].
         from_prompt: Whether p_0 is the score of the bare prompt, or 0, so that the row sums to R.
@@ -316,6 +321,10 @@ class Shuffled(Redistribution):
 
     The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
     (`row_keys`). Retrospective.
+
+    With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
+    discounted sum is gamma^(n-1) times its sum. For `PrefixDifference` that is gamma^(n-1) * (R - beta * p_0), while
+    the original has gamma^(n-1) * R - beta * p_0: compare the two at gamma = 1, or with `from_prompt=False`.
 
     Attributes:
         inner: The redistribution whose shares are permuted.
