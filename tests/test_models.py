@@ -52,6 +52,7 @@ def alone(row: int, batch: tuple[Tensor, ...]) -> Tensor:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_log_probabilities_equal_those_of_the_model_on_each_text_alone(family: str) -> None:
+    """ma-rlhf.md section 4 row 23, over the families."""
     model, batch = causal(family), texts()
     with torch.no_grad():
         found = Policy(model, (EOS,))(*batch, Sampling())
@@ -65,6 +66,7 @@ def test_log_probabilities_equal_those_of_the_model_on_each_text_alone(family: s
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family not in NO_CLASSIFIER])
 def test_values_equal_the_head_before_each_token_of_each_text_alone(family: str) -> None:
+    """ma-rlhf.md section 4 row 23: the head was given an argument that some families lack."""
     model, batch = classifier(family), texts()
     with torch.no_grad():
         found = Critic(model)(*batch)
@@ -76,6 +78,7 @@ def test_values_equal_the_head_before_each_token_of_each_text_alone(family: str)
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon_h1", "mamba"])
 def test_bfloat16_models_give_finite_float32_answers_near_those_of_float32(family: str) -> None:
+    """ma-rlhf.md section 4 row 23, in bfloat16."""
     batch = texts()
     with torch.no_grad():
         wide = Policy(causal(family), (EOS,))(*batch, Sampling())
@@ -103,6 +106,7 @@ def test_a_family_whose_logits_are_unknown_is_read_whole_and_right() -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=9, top_p=0.9, min_new_tokens=2)])
 def test_log_probabilities_are_those_of_the_sampled_distribution(sampling: Sampling) -> None:
+    """ma-rlhf.md section 4 row 12, for the log-probabilities of training."""
     model, batch = causal("llama"), texts()
     with torch.no_grad():
         found = Policy(model, (EOS,))(*batch, sampling)
@@ -159,6 +163,7 @@ def test_nothing_of_the_size_of_all_logits_is_formed_forward_or_backward(
 
 @pytest.mark.parametrize("train", [False, True])
 def test_two_passes_agree_in_training_mode_also_with_adapters_that_drop_out(train: bool) -> None:
+    """abc.md section 10 row 10: rollouts dropped out from step 1 on."""
     model = get_peft_model(causal("llama", attention_dropout=0.5), LORA)
     batch = texts()
 
@@ -181,6 +186,7 @@ def test_two_passes_agree_in_training_mode_also_with_adapters_that_drop_out(trai
     ],
 )
 def test_no_family_drops_out_in_training_mode(family: str, rates: dict[str, Any]) -> None:
+    """abc.md section 10 row 10, for other families."""
     policy = Policy(without_dropout(causal(family, **rates)), (EOS,)).train()
     batch = texts()
     assert torch.equal(policy(*batch, Sampling()), policy(*batch, Sampling()))

@@ -59,6 +59,7 @@ def tokens(responses: Responses) -> list[list[int]]:
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_log_probabilities_of_sampling_equal_recomputed_ones(family: str, sampling: Sampling) -> None:
+    """ma-rlhf.md section 4 row 12: drawn at temperature 0.8 and top-k 50, read at temperature 1 over all tokens."""
     prompts, model = prompts_of(*PROMPTS * 4), causal(family)
     responses = respond(model, sampling, prompts)
     wanted = recomputed(model, sampling, responses, prompts)
@@ -68,6 +69,7 @@ def test_log_probabilities_of_sampling_equal_recomputed_ones(family: str, sampli
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_samples_what_it_says_and_the_same_alone_as_in_a_batch(family: str) -> None:
+    """ma-rlhf.md section 4 row 23: one family ran."""
     prompts, model, sampling = prompts_of(*PROMPTS), causal(family), SAMPLINGS["plain"]
     numbers = uniforms(len(PROMPTS), 20)
     together = respond(model, sampling, prompts, numbers=numbers)
@@ -79,6 +81,7 @@ def test_every_family_samples_what_it_says_and_the_same_alone_as_in_a_batch(fami
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "falcon_h1"])
 def test_bfloat16_models_sample_what_they_say(family: str) -> None:
+    """ma-rlhf.md section 4 row 23: float16 only."""
     prompts, model, sampling = prompts_of(*PROMPTS), causal(family, torch.bfloat16), SAMPLINGS["plain"]
     responses = respond(model, sampling, prompts)
     gap = (responses.logprobs - recomputed(model, sampling, responses, prompts)).abs()

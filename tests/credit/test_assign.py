@@ -129,6 +129,7 @@ def actions(x: Tensor, sizes: tuple[int, ...]) -> list[float]:
 
 @pytest.mark.parametrize(("sizes", "changes", "advantages", "returns"), O7_ROWS)
 def test_o7_advantages_and_returns(sizes: tuple, changes: dict, advantages: list, returns: list) -> None:
+    """ma-rlhf.md O7, every row of its table but the phantom's."""
     credit = assign_credit(O7, ONE, CreditConfig.paper(termination=closing(*sizes), kl_coef=0.01, **changes))
     assert credit.token_level_rewards[0].tolist() == pytest.approx([-0.01] * 7 + [0.99])
     assert actions(credit.advantages, sizes) == pytest.approx(advantages, abs=2e-6)
@@ -136,6 +137,7 @@ def test_o7_advantages_and_returns(sizes: tuple, changes: dict, advantages: list
 
 
 def test_o7_the_official_preset_at_n_3_has_its_row() -> None:
+    """ma-rlhf.md O7, row `3,3,1,1 mean`."""
     credit = assign_credit(O7, ONE, CreditConfig.official(termination=FixedNgram(n=3), kl_coef=0.01))
     assert actions(credit.advantages, (3, 3, 1, 1)) == pytest.approx([0.714626, 0.446975, 0.2705, 0.19], abs=2e-6)
 
@@ -162,17 +164,19 @@ def total_of(termination: TerminationCondition, config: CreditConfig) -> float:
 @pytest.mark.parametrize("termination", [*TERMINATIONS, *(FixedNgram(n=n) for n in (1, 5, 10, 512))], ids=str)
 @pytest.mark.parametrize("preset", [CreditConfig.paper(), CreditConfig(last_token_apart=True)])
 def test_o2_macro_rewards_keep_the_total(termination: TerminationCondition, preset: CreditConfig) -> None:
-    """ma-rlhf.md section 4 row 1: rewards averaged inside a segment make the KL penalty shrink with n."""
+    """ma-rlhf.md O2 and section 4 row 1: rewards averaged inside a segment make the KL penalty shrink with n."""
     assert total_of(termination, preset) == pytest.approx(-1.01, abs=1e-6)
 
 
 @pytest.mark.parametrize(("n", "total"), [(1, -1.01), (5, -0.21), (10, -0.11), (512, -0.02)])
 def test_o2_the_official_preset_shrinks_the_penalty(n: int, total: float) -> None:
+    """ma-rlhf.md O2, the official mean: -1.01, -0.21, -0.11 and -0.02 for the same 101 tokens."""
     assert total_of(FixedNgram(n=n), CreditConfig.official()) == pytest.approx(total, abs=1e-6)
 
 
 @pytest.mark.parametrize("termination", [FixedNgram(n=1), EveryToken()])
 def test_o8_actions_of_one_token_are_token_ppo_exactly(termination: TerminationCondition) -> None:
+    """ma-rlhf.md O8 and section 4 row 2: the same tensors, not only close."""
     rollout, scores = random_rollout(mask_of_lengths(40, 17, 1, 0)), random_scores(mask_of_lengths(40, 17, 1, 0))
     mask = rollout.response_mask
     placed = Terminal()(rollout, scores)
@@ -185,6 +189,7 @@ def test_o8_actions_of_one_token_are_token_ppo_exactly(termination: TerminationC
 
 @pytest.mark.parametrize("termination", TERMINATIONS, ids=str)
 def test_o9_the_first_return_is_that_of_every_segmentation(termination: TerminationCondition) -> None:
+    """ma-rlhf.md O9: .92 in the setting of O7."""
     rollout = replace(O7, ref_logprobs=torch.tensor([[-1.0, -1, -1, -1, -1, -1, -1, -1]]))
     credit = assign_credit(rollout, ONE, CreditConfig(termination=termination, kl_coef=0.01, advantage=GAE(lam=1.0)))
     assert float(credit.returns[0, 0]) == pytest.approx(0.92, abs=1e-6)
@@ -192,6 +197,7 @@ def test_o9_the_first_return_is_that_of_every_segmentation(termination: Terminat
 
 @pytest.mark.parametrize("macro_value", ["equal", "unit", "position", "position_falling"])
 def test_o10_constant_values_do_not_depend_on_the_pooling(macro_value) -> None:
+    """ma-rlhf.md O10."""
     rollout = replace(O7, values=torch.full((1, 8), 0.3))
     pooled, equal = (assign_credit(rollout, ONE, CreditConfig(macro_value=m)) for m in (macro_value, "equal"))
     assert_same(pooled, equal, atol=1e-6)
@@ -200,7 +206,7 @@ def test_o10_constant_values_do_not_depend_on_the_pooling(macro_value) -> None:
 @given(config=any_config, mask=masks, seed=st.integers(0, 999))
 @settings(max_examples=150)
 def test_o12_a_batch_equals_its_rows_alone(config: CreditConfig, mask: Tensor, seed: int) -> None:
-    """ma-rlhf.md section 4 row 14: boundaries of row 0 and one scalar value served for all rows."""
+    """ma-rlhf.md O12 and section 4 row 14: boundaries of row 0 and one scalar value served for all rows."""
     rollout, scores = random_rollout(mask, seed, grid=0.25), random_scores(mask, seed)
     together = assign_credit(rollout, scores, config)
     order = torch.arange(len(mask) - 1, -1, -1)
@@ -213,7 +219,7 @@ def test_o12_a_batch_equals_its_rows_alone(config: CreditConfig, mask: Tensor, s
 @given(config=any_config, mask=masks, seed=st.integers(0, 999), left=st.integers(0, 3), right=st.integers(0, 3))
 @settings(max_examples=150)
 def test_o12_padding_changes_nothing(config: CreditConfig, mask: Tensor, seed: int, left: int, right: int) -> None:
-    """The padding holds NaN and stray tokens; it may lie on the left, on the right, and between."""
+    """ma-rlhf.md O12. The padding holds NaN and stray tokens; it may lie on the left, on the right, and between."""
     rollout, scores = random_rollout(mask, seed, grid=0.25), random_scores(mask, seed)
     credit = assign_credit(
         padded(rollout, left=left, right=right, prompt_left=left), padded_scores(scores, left=left, right=right), config

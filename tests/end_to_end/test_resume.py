@@ -31,6 +31,7 @@ def state(folder: Path) -> dict:
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not_to_the_bit(
     kind: str, rounds: int, tmp_path: Path
 ) -> None:
+    """ma-rlhf.md section 4 row 21: there was no resume."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(HERE / "killed_trainer.py"), str(killed), kind, str(rounds)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}

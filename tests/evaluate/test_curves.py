@@ -90,6 +90,7 @@ def test_steps_that_do_not_increase_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_say_what_was_spent_is_refused(tmp_path: Path) -> None:
+    """ma-rlhf.md section 4 row 20: a logged step was a micro-batch."""
     folder = write_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: step 1 does not say 'seconds'"):
@@ -97,6 +98,7 @@ def test_a_step_that_does_not_say_what_was_spent_is_refused(tmp_path: Path) -> N
 
 
 def test_curves_on_different_steps_are_refused_with_where_each_was_recorded(tmp_path: Path) -> None:
+    """abc.md section 10 row 13: runs of other lengths were mixed."""
     folders = [write_run(tmp_path / "long", steps=12), write_run(tmp_path / "short", steps=4, method="other")]
     methods = group_by_method([read_run(folder) for folder in folders])
     message = r"at 7 updates \(0, 2, \.\.\. 12\) in .*long but at updates 0, 2, 4 in .*short; compare runs of the same"

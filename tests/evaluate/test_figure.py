@@ -22,6 +22,7 @@ def titles(figure: Figure) -> list[str]:
 
 
 def test_every_panel_shows_every_recorded_step_and_names_every_method(tmp_path: Path) -> None:
+    """abc.md section 10 row 8: figures were cut at step 100 of 151."""
     oracle = {"oracle": lambda step: float(step)}
     seeds = [write_run(tmp_path / f"ppo-{seed}", seed=seed, evaluated=oracle) for seed in (1, 2)]
     figure = drawn(*seeds, write_run(tmp_path / "macro", method="macro", evaluated=oracle))

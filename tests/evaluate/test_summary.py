@@ -10,6 +10,7 @@ from recorded_runs import write_run
 
 
 def test_parity_is_counted_in_updates_samples_and_seconds(tmp_path: Path) -> None:
+    """ma-rlhf.md section 4 row 20 and abc.md section 10 row 12: speed, apart from final quality."""
     # Evaluated at 0, 2, ... 8. The baseline's score is the step: averaged over three it ends at (6 + 8) / 2 = 7. The
     # other is three times as high: smoothed it is 3, 6, 12, 18, 21 at 0, 2, 4, 6, 8, so 7 is reached a sixth of the
     # way from 2 to 4: after 2.333 updates of 4 samples and 3 seconds each.
@@ -24,6 +25,7 @@ def test_parity_is_counted_in_updates_samples_and_seconds(tmp_path: Path) -> Non
 
 
 def test_the_score_at_start_and_end_is_held_out_and_averaged_over_seeds(tmp_path: Path) -> None:
+    """abc.md section 10 row 12 and 14: a mean over steps was called the reward."""
     runs = [
         write_run(tmp_path / f"ppo-{seed}", seed=seed, score=lambda step, s=seed: 1.0 + s * step) for seed in (1, 2, 3)
     ]
@@ -84,6 +86,7 @@ def test_a_line_cut_off_and_values_that_are_not_finite_are_counted_aloud(tmp_pat
 
 
 def test_runs_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    """abc.md section 10 row 13."""
     folders = [write_run(tmp_path / "long", steps=8), write_run(tmp_path / "short", steps=6, method="other")]
     with pytest.raises(ValueError, match="compare runs of the same length and eval_steps"):
         read_comparison(folders)

@@ -167,6 +167,7 @@ def test_a_template_makes_the_model_read_the_text_that_it_returns(
 def test_no_attention_is_computed_when_nobody_needs_it(
     needs: frozenset[str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """abc.md section 10 row 19: every method paid for the maps of all layers."""
     monkeypatch.setattr(apportion.score.attention, "attention_row", None)  # to call it is an error
     reward = reward_of(classifier("llama"), tokenizer)
     found = reward(prompts_of(*PROMPTS), responses_of(*RESPONSES), needs)
@@ -177,6 +178,7 @@ def test_no_attention_is_computed_when_nobody_needs_it(
 
 
 def test_bfloat16_models_give_finite_float32_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    """ma-rlhf.md section 4 row 23 and abc.md section 10 row 18, in bfloat16."""
     found = reward_of(classifier("llama", torch.bfloat16), tokenizer)(
         prompts_of(*PROMPTS), responses_of(*RESPONSES), BOTH
     )
@@ -189,6 +191,7 @@ def test_bfloat16_models_give_finite_float32_answers(tokenizer: PreTrainedTokeni
 def test_scores_carry_no_gradient_and_a_training_model_is_put_into_evaluation_mode(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
+    """abc.md section 10 row 19: the reward model ran with gradients on."""
     model = classifier("gpt2", resid_pdrop=0.5).train()
     reward = reward_of(model, tokenizer)
     first, second = (reward(prompts_of(*PROMPTS), responses_of(*RESPONSES), BOTH) for _ in range(2))
@@ -257,6 +260,8 @@ def test_a_function_that_returns_something_else_than_a_number_a_response_is_refu
 
 
 def test_a_function_is_refused_where_attention_is_needed(tokenizer: PreTrainedTokenizerFast) -> None:
+    """abc.md section 10 row 17: refused at the start, not accepted without effect."""
+
     def stars(**_: list) -> list[float]:
         return [0.0] * 4
 

@@ -66,6 +66,7 @@ def test_the_reward_rises(method: CreditConfig, tmp_path: Path) -> None:
     "credit", [CREDIT, replace(CREDIT, redistribution=Attention()), replace(CREDIT, redistribution=PrefixDifference())]
 )
 def test_the_score_of_a_reward_model_rises_under_every_redistribution(credit: CreditConfig, tmp_path: Path) -> None:
+    """abc.md section 10 row 17: providers were accepted that then got nothing to spread by."""
     settings = {"num_steps": 40, "batch_size": 16, "sampling": Sampling(max_new_tokens=12), "scale_scores": True}
     run(tmp_path, roles=scored(), credit=credit, **settings)
     scores = [record["score/mean"] for record in metrics(tmp_path)]
@@ -312,6 +313,8 @@ def test_a_batch_of_one_response_can_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_are_evaluated_at_the_start_every_k_updates_and_at_the_end(tmp_path: Path) -> None:
+    """abc.md section 10 row 14 and ma-rlhf.md section 4 row 21: only training reward was logged."""
+
     def words(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text.split())) for text in completions]
 
@@ -534,6 +537,7 @@ def test_the_beginning_of_adapters_depends_on_the_seed_alone(tmp_path: Path) -> 
 
 
 def test_the_saved_policy_is_the_trained_one_with_its_tokenizer(tmp_path: Path) -> None:
+    """ma-rlhf.md section 4 row 21: the tokenizer was loaded again by a hub name."""
     made = run(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[5, 6, 7]])

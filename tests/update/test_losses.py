@@ -128,6 +128,7 @@ def gradient(ratio: Granularity, rollout, credit) -> Tensor:
 
 
 def test_o11_both_ratios_have_the_same_gradient_where_nothing_has_moved() -> None:
+    """ma-rlhf.md O11, not normalised."""
     mask = mask_of_lengths(23, 8, 1)
     rollout = random_rollout(mask)
     credit = assign_credit(rollout, random_scores(mask), CreditConfig(termination=FixedNgram(n=5)))
