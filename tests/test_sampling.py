@@ -1,6 +1,7 @@
 """The sampled distribution is that of transformers' own logits processors, and draws follow it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def logits_of(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
 def theirs(logits: Tensor, sampling: Sampling, place: int) -> Tensor:
     """What `generate` makes of logits after `place` new tokens."""
     ids = torch.zeros(len(logits), 7 + place, dtype=torch.long)
-    processors = [MinNewTokensLengthLogitsProcessor(7, sampling.min_new_tokens, list(EOS))]
+    processors: list[Any] = [MinNewTokensLengthLogitsProcessor(7, sampling.min_new_tokens, list(EOS))]
     processors += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
     processors += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     processors += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
@@ -151,6 +152,6 @@ def test_logits_that_are_not_numbers_give_a_token_and_no_index_error() -> None:
         ("top_p", math.nan),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_name_and_value(setting: str, value: float) -> None:
+def test_a_setting_out_of_range_is_refused_by_name_and_value(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting} is {value}"):
         Sampling(**{setting: value})

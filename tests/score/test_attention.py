@@ -242,7 +242,8 @@ def test_the_default_layer_sees_what_the_last_sliding_layer_of_gemma3_cannot() -
 
 @torch.no_grad()
 def test_the_row_is_read_where_the_classification_head_reads() -> None:
-    config = LlamaConfig(**GROUPED, num_labels=1, initializer_range=0.3)
+    config = LlamaConfig(**GROUPED, initializer_range=0.3)
+    config.num_labels = 1
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
     inputs, last = padded("right")
@@ -322,8 +323,9 @@ def test_a_flex_block_mask_hides_the_same_keys_as_a_bool_mask() -> None:
 
 def test_sequences_packed_for_flash_attention_do_not_see_each_other() -> None:
     # Two sequences of 3 and 4 tokens in one row; the query at column 5 is the third of the second.
-    attention = nn.Module()
-    attention.config = LlamaConfig(attn_implementation="flash_attention_2")
+    attention: Any = nn.Module()
+    attention.config = LlamaConfig()
+    attention.config._attn_implementation = "flash_attention_2"
     expected = torch.tensor([[[float("-inf")] * 3 + [0.0] * 3 + [float("-inf")]]])
     for options in (
         {"cu_seq_lens_k": torch.tensor([0, 3, 7], dtype=torch.int32)},
@@ -371,6 +373,7 @@ class LargestTensor(TorchDispatchMode):
 
 @torch.no_grad()
 def test_no_tensor_of_the_size_of_the_attention_map_is_made() -> None:
+    """abc.md section 10 row 19, its peak of memory."""
     tokens = 1024
     long: dict[str, Any] = GROUPED | {"vocab_size": 8, "num_hidden_layers": 1, "max_position_embeddings": tokens}
     config = LlamaConfig(**long)

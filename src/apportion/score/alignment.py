@@ -201,7 +201,7 @@ def usable_pad(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.pad_token_id, int):
         name = tokenizer.name_or_path or "in memory"
         raise ValueError(
-            f"the reward tokenizer ({name}) has no padding token: set its pad_token, to the EOS token for one, and save it"
+            f"the reward tokenizer ({name}) has no padding token: set its pad_token, such as its EOS token, and save it"
         )
     return tokenizer.pad_token_id
 

@@ -87,11 +87,6 @@ class PPOArguments:
                 raise ValueError(f"{name} is {value}; choose at least 1")
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size is {self.eval_batch_size}; choose at least 1, or None for batch_size")
-        if self.ppo.num_mini_batches > self.batch_size:
-            raise ValueError(
-                f"ppo.num_mini_batches is {self.ppo.num_mini_batches}, more than the {self.batch_size} responses of "
-                "batch_size; lower it"
-            )
         for name in ("eval_steps", "save_steps", "warmup_steps", "num_logged_samples", "weight_decay"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} is {value}; choose at least 0")
@@ -100,10 +95,18 @@ class PPOArguments:
                 raise ValueError(f"{name} is {value}; choose a positive number")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; choose a number in [0, 1)")
-        if self.warmup_steps and self.warmup_ratio:
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that do not fit each other."""
+        if self.ppo.num_mini_batches > self.batch_size:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}; give one of them"
+                f"ppo.num_mini_batches is {self.ppo.num_mini_batches}, more than the {self.batch_size} responses of "
+                "batch_size; lower it"
             )
+        if self.warmup_steps and self.warmup_ratio:
+            both = f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}"
+            raise ValueError(f"{both}; give one of them")
 
     @property
     def warmup(self) -> int:
