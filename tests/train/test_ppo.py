@@ -246,7 +246,7 @@ def test_two_updates_draw_from_different_numbers(tmp_path: Path) -> None:
 
 
 def test_logged_divergence_length_and_score_are_the_masked_means_that_they_claim(tmp_path: Path) -> None:
-    # ma-rlhf.md section 4, rows 18 and 19: means over padding, and a length that counted pads and a prompt token.
+    # ma-rlhf.md section 4, rows 18 to 20: means over padding, a length with pads and a prompt token, micro-steps.
     roles = {"ref_model": causal("qwen2"), "model": causal("llama")}
     made = trainer(tmp_path, roles=roles, num_steps=1, batch_size=10, sampling=Sampling(max_new_tokens=30))
     prompts = made.prompts.batch(made_indices(made))
