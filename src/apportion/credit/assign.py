@@ -32,7 +32,8 @@ class CreditConfig:
     """How credit is assigned: one choice on each axis. The defaults are MA-PPO with actions of five tokens.
 
     Attributes:
-        termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool.
+        termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool (on the command line,
+            a class derived from `TerminationCondition`).
         redistribution: Where the score lands.
         advantage: From rewards and values to advantages.
         macro_value: How the values inside a macro action are pooled (`pooling_weights`).
