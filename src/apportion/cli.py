@@ -293,8 +293,9 @@ def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> s
 
 def _classes() -> set[str]:
     """List the names of the settings' classes that are loaded."""
-    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("apportion.")]
-    return {name for module in ours for name, value in module.items() if isinstance(value, type)}
+    modules = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("apportion.")]
+    classes = {value for module in modules for value in module.values() if isinstance(value, type)}
+    return {value.__name__ for value in classes if value.__module__.startswith("apportion.")}
 
 
 def _settings_of(path: str) -> list[str]:
