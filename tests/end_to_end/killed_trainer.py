@@ -1,7 +1,8 @@
 """Kill a PPO run with SIGKILL again and again and resume it until it is done; run by test_resume.py.
 
-Each round forks a child that trains with `resume=True`. It is killed at a random moment, and in every other round in
-the middle of writing a checkpoint. The parent prints how often it was killed outside of one, and how often inside.
+Each round forks a child that trains with `resume=True`. It is killed after an update or two at a random moment, and in
+every other round in the middle of writing a checkpoint. The parent prints how often it was killed outside of one, and
+how often inside.
 """
 
 import os
@@ -17,6 +18,7 @@ import torch
 from peft import LoraConfig
 
 from apportion import CreditConfig, PPOConfig, RandomizedNgram, Sampling
+from apportion.train.run import latest_checkpoint
 from families import classifier
 from trainers import HELD_OUT, data, run
 
@@ -77,18 +79,27 @@ def writing(folder: Path) -> bool:
     return any((folder / "checkpoints").glob(".tmp-step-*"))
 
 
+def step(folder: Path) -> int:
+    checkpoint = latest_checkpoint(folder)
+    return -1 if checkpoint is None else checkpoint.step
+
+
 def until_killed(folder: Path, kind: str, chance: random.Random, inside: bool) -> str:
-    """Train until killed, at a random moment or inside a checkpoint; `done` if training was faster."""
-    child, begin = forked(folder, kind), time.monotonic()
-    delay = chance.uniform(0.1, 1.2)
+    """Train one or two updates further and kill, outside or inside of a checkpoint; `done` if training was faster.
+
+    Updates are counted, not seconds, for a quiet machine trains in a second what a busy one does in ten.
+    """
+    goal = step(folder) + chance.randint(1, 2)
+    child = forked(folder, kind)
     while not ended(child):
-        late = time.monotonic() - begin > delay
-        if late and (writing(folder) or not inside):
-            within = writing(folder)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "inside" if within and writing(folder) else "outside"
-        time.sleep(0 if inside and late else 0.002)
+        if step(folder) >= goal:
+            time.sleep(0 if inside else chance.uniform(0, 0.03))
+            if writing(folder) is inside:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "inside" if inside and writing(folder) else "outside"
+        else:
+            time.sleep(0.002)
     return "done"
 
 
