@@ -42,7 +42,8 @@ class Rollout:
         old_logprobs: (B, T) float. Log-probability under the distribution that was sampled, in nats.
         ref_logprobs: (B, T) float. The same tokens under the reference model, at the same temperature and minimum
             length, but over its whole vocabulary: top-k and top-p do not apply to it.
-        values: (B, T) float. Critic before each token.
+        values: (B, T) float. Critic before each token; with the critic's graph where the first pass of the update is
+            to learn from this very reading of it.
 
     Raises:
         ValueError: If a mask is not bool or a shape does not fit the others.

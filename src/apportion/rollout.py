@@ -179,8 +179,12 @@ def complete(
     sampling: Sampling,
     budget: int,
     as_reference: Callable[[], AbstractContextManager] = nullcontext,
+    keep_graph: bool = False,
 ) -> Rollout:
     """Add to sampled responses what the reference and the critic say of them.
+
+    The critic comes last: where it reads all rows at once, as the first pass of the update would again, that pass can
+    have its graph from here (`keep_graph`), and holds no more than with one of its own.
 
     Args:
         prompts: B prompts.
@@ -190,24 +194,31 @@ def complete(
         sampling: The distribution; top-k and top-p do not apply to the reference.
         budget: Tokens that a model is given at once, padding included.
         as_reference: Context that turns `reference` into the reference, where it is the policy with adapters.
+        keep_graph: Let the values keep the critic's graph.
 
     Returns:
         The rollout.
     """
     lengths, width = widths(prompts.prompt_mask, responses.response_mask), responses.response_ids.shape[1]
 
-    def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
-        texts = trim(
+    def text(group: Int[Tensor, " N"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return trim(
             prompts.prompt_ids[group],
             prompts.prompt_mask[group],
             responses.response_ids[group],
             responses.response_mask[group],
         )
-        with as_reference():
-            ref_logprobs = reference(*texts, sampling, truncate=False)
-        return ref_logprobs, torch.zeros_like(ref_logprobs) if critic is None else critic(*texts)
 
-    ref_logprobs, values = in_groups(read, lengths, budget, width)
+    def refer(group: Int[Tensor, " N"]) -> tuple[Tensor]:
+        with as_reference():
+            return (reference(*text(group), sampling, truncate=False),)
+
+    def value(group: Int[Tensor, " N"]) -> tuple[Tensor]:
+        with torch.set_grad_enabled(keep_graph):
+            return (torch.zeros(len(group), width, device=lengths.device) if critic is None else critic(*text(group)),)
+
+    (ref_logprobs,) = in_groups(refer, lengths, budget, width)
+    (values,) = in_groups(value, lengths, budget, width)
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_mask=prompts.prompt_mask,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
 from apportion.models import (
     Critic,
@@ -134,6 +134,21 @@ def with_adapters(model: nn.Module, config: Any, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         inner: Any = model
         return get_peft_model(inner, config)
+
+
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Args:
+        model: A model, or a path to one.
+
+    Raises:
+        ValueError: If the model was not loaded from a path.
+    """
+    path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
+    if not path:
+        raise ValueError("the model came without a path; give its tokenizer as processing_class")
+    return AutoTokenizer.from_pretrained(path)
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

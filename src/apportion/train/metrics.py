@@ -49,6 +49,6 @@ def batch_metrics(
         "credit/advantage_mean": mean(credit.advantages, mask),
         "credit/advantage_std": float(masked_var(credit.advantages, mask, reduce=reduce).sqrt()),
         "credit/return_mean": mean(credit.returns, mask),
-        "credit/value_mean": mean(rollout.values, mask),
+        "credit/value_mean": mean(rollout.values.detach(), mask),
         "credit/attention_fallbacks": float(reduce(attention_fallbacks(rollout, scores).float())),
     }

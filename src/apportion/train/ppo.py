@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
 from apportion.masked import masked_var
-from apportion.models import check_reward_model, load_policy, load_scorer, unwrapped
-from apportion.rollout import Responses, complete, sample
+from apportion.models import check_reward_model, load_policy, load_scorer
+from apportion.microbatches import by_length
+from apportion.rollout import Responses, complete, sample, widths
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, to_yaml
@@ -28,6 +29,7 @@ from apportion.train.learner import (
     make_learner,
     make_schedule,
     open_accelerator,
+    tokenizer_of,
     with_adapters,
 )
 from apportion.train.metrics import batch_metrics
@@ -88,7 +90,7 @@ class PPOTrainer:
         self.accelerator = open_accelerator(args)
         if args.batch_size % (processes := self.accelerator.num_processes):
             raise ValueError(f"batch_size is {args.batch_size}, not a multiple of the {processes} processes")
-        self.tokenizer = processing_class or _tokenizer_of(model)
+        self.tokenizer = processing_class or tokenizer_of(model)
         encode = {"max_prompt_length": args.max_prompt_length, "strict": args.strict}
         self.prompts = encode_prompts(train_dataset, self.tokenizer, **encode)
         eval_prompts = None if eval_dataset is None else encode_prompts(eval_dataset, self.tokenizer, **encode)
@@ -97,7 +99,7 @@ class PPOTrainer:
         dtype = "float32" if peft_config is None else "auto"
         policy_model = load_policy(model, dtype=dtype) if isinstance(model, str) else model
         reward_tokenizer = reward_processing_class or (
-            _tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
+            tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
         )
         same_tokens = same_vocabulary(reward_tokenizer, self.tokenizer)
         value_model = critic_model(value_model, reward_model, model, same_tokens=same_tokens)
@@ -175,16 +177,26 @@ class PPOTrainer:
 
     def complete(self, prompts: Prompts, responses: Responses, *, with_values: bool = True) -> Rollout:
         """Add what the reference and, if asked, the critic say."""
+        critic: Any = self.critic.module if with_values else None
+        keep_graph = with_values and self._first_pass_is_known(prompts, responses)
         with self.accelerator.autocast():
             return complete(
                 prompts,
                 responses,
                 reference=self.reference,
-                critic=self.accelerator.unwrap_model(self.critic.module) if with_values else None,
+                critic=critic if keep_graph or not with_values else self.accelerator.unwrap_model(critic),
                 sampling=self.args.sampling,
                 budget=self.args.ppo.micro_batch_tokens,
                 as_reference=self.as_reference,
+                keep_graph=keep_graph,
             )
+
+    def _first_pass_is_known(self, prompts: Prompts, responses: Responses) -> bool:
+        """Tell whether the critic reads the rollout as the first pass of the update would: all at once, everywhere."""
+        config = self.args.ppo
+        groups = by_length(widths(prompts.prompt_mask, responses.response_mask), config.micro_batch_tokens)
+        at_once = self._sum(torch.tensor(len(groups) == 1, device=prompts.prompt_ids.device).float())
+        return config.num_mini_batches == 1 and int(at_once) == self.accelerator.num_processes
 
     def score(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
         """Ask the reward."""
@@ -383,11 +395,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model."""
-    path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
-    if not path:
-        raise ValueError("the model came without a path; give its tokenizer as processing_class")
-    return AutoTokenizer.from_pretrained(path)

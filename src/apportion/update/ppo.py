@@ -116,7 +116,8 @@ def update(
     On its first pass the policy is the one that sampled, so the ratio there is 1 by definition, and it is made so to
     the bit, in every dtype: the log-probabilities of that pass are the old ones (`policy/sampler_gap` tells how far
     those gathered while sampling lie from them). With several minibatches the policy moves within the first pass; then
-    they are computed beforehand.
+    they are computed beforehand. The critic's first pass is that of the rollout where its values still have their graph
+    and all rows are read at once, otherwise it is made again.
 
     Args:
         policy: A `Policy` with its optimizer.
@@ -134,6 +135,8 @@ def update(
     A step whose loss or gradient is not finite is not taken, and counted in `update/skipped_steps`.
     """
     step = _Step(policy, critic, config, sampling, accelerator)
+    step.first_values = rollout.values if rollout.values.requires_grad else None
+    rollout = replace(rollout, values=rollout.values.detach())
     behaviour = rollout.old_logprobs.clone() if config.num_mini_batches == 1 else step.logprobs(rollout)
     gap = 0.0
     tally: dict[str, list[float]] = {}
@@ -164,6 +167,7 @@ class _Step:
     ) -> None:
         self.policy, self.critic = policy, critic
         self.config, self.sampling, self.accelerator = config, sampling, accelerator
+        self.first_values: Float[Tensor, "B T"] | None = None
         self.taken = self.skipped = 0
         self.stopped = False
 
@@ -191,12 +195,18 @@ class _Step:
         counts = self._counts(credit, index)
         lengths = widths(rollout.prompt_mask, rollout.response_mask)[index]
         groups = [index[group] for group in by_length(lengths, self.config.micro_batch_tokens)]
+        if moved or len(groups) != 1:
+            self.first_values = None
+        # Processes average their gradients; each loss is already a part of the mean over all of them. A process that
+        # has no rows reads one without weight, to keep step with the others.
+        weight = float(self.accelerator.num_processes) if groups else 0.0
         sums = torch.zeros(6, device=rollout.response_ids.device)
         largest = torch.zeros((), device=sums.device)
         for number, group in enumerate(groups or [torch.zeros(1, dtype=torch.long, device=sums.device)]):
             with self._syncing(number + 1 >= len(groups)):
-                part, peak = self._backward(rollout, credit, group, behaviour, counts, moved=moved, real=bool(groups))
-            sums, largest = sums + part, torch.maximum(largest, peak)
+                part, peak = self._backward(rollout, credit, group, behaviour, counts, moved=moved, weight=weight)
+            if groups:
+                sums, largest = sums + part, torch.maximum(largest, peak)
         totals, largest = summed(self.accelerator, sums), gathered(self.accelerator, largest[None]).max()
         names = (
             "policy/loss",
@@ -233,52 +243,59 @@ class _Step:
         counts: Float[Tensor, " 2"],
         *,
         moved: bool,
-        real: bool,
+        weight: float,
     ) -> tuple[Float[Tensor, " 6"], Float[Tensor, ""]]:
-        """Add the gradients of some rows; rows that are not real only keep processes in step.
+        """Add the gradients of some rows, times a weight; return what is summed over rows, and the largest ratio.
 
-        The policy is done with before the critic begins, so that the activations of one model are held at a time.
+        The critic is done with before the policy begins, so that the activations of one model are held at a time.
         """
         batch, part = rows(rollout, group), rows(credit, group)
         text = _text(batch)
         width = text[2].shape[1]
-        mask, part, config = batch.response_mask[:, :width], _narrow(part, width), self.config
-        ids = part.macro_ids
+        part = _narrow(part, width)
+        error, clipped = self._criticise(batch, part, text, group, counts[1], weight)
+        config, ids, mask = self.config, part.macro_ids, text[3]
         with self.accelerator.autocast():
             logprobs = self.policy.module(*text, self.sampling)
         if not moved:
             behaviour[group, :width] = logprobs.detach()
-        old, old_values = behaviour[group, :width], batch.values[:, :width]
+        old, granularity = behaviour[group, :width], config.ratio
         surprise = policy_loss(
             logprobs,
             old,
             part.advantages,
             mask,
             cliprange=config.cliprange,
-            ratio=config.ratio,
+            ratio=granularity,
             macro_ids=ids,
             denominator=counts[0],
         )
-        # Processes average their gradients; each loss is already a part of the mean over all of them.
-        weight = float(real) * self.accelerator.num_processes
         self.accelerator.backward(surprise * weight)
-        with self.accelerator.autocast():
-            values = self.critic.module(*text)
-        error = value_loss(
-            values,
-            old_values,
-            part.returns,
-            mask,
-            cliprange_value=config.cliprange_value,
-            denominator=counts[1],
-        )
-        self.accelerator.backward(config.vf_coef * error * weight)
-        ratio, steps = importance_ratio(logprobs.detach(), old, mask, granularity=config.ratio, macro_ids=ids)
+        ratio, steps = importance_ratio(logprobs.detach(), old, mask, granularity=granularity, macro_ids=ids)
         stats = _ratio_sums(ratio, steps, config.cliprange) / counts[0]
-        moved_values = (values.detach() - old_values).abs() > (config.cliprange_value or torch.inf)
-        clipped = (moved_values & mask).sum()[None] / counts[1]
-        sums = torch.cat([torch.stack([surprise, error]).detach(), stats, clipped])
-        return sums * float(real), torch.where(steps, ratio, 0).max() * float(real)
+        return torch.cat([surprise.detach()[None], error, stats, clipped]), torch.where(steps, ratio, 0).max()
+
+    def _criticise(
+        self,
+        batch: Rollout,
+        part: Credit,
+        text: tuple[Tensor, Tensor, Tensor, Tensor],
+        group: Int[Tensor, " N"],
+        tokens: Float[Tensor, ""],
+        weight: float,
+    ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
+        """Add the critic's gradients; return its loss, and the share of values that its clipping holds."""
+        mask, limit = text[3], self.config.cliprange_value
+        old = batch.values[:, : mask.shape[1]]
+        if self.first_values is None:
+            with self.accelerator.autocast():
+                values = self.critic.module(*text)
+        else:
+            values, self.first_values = self.first_values[group, : mask.shape[1]], None
+        error = value_loss(values, old, part.returns, mask, cliprange_value=limit, denominator=tokens)
+        self.accelerator.backward(self.config.vf_coef * error * weight)
+        moved = (values.detach() - old).abs() > (limit or torch.inf)
+        return error.detach()[None], (moved & mask).sum()[None] / tokens
 
     def _advance(self, metrics: dict[str, float]) -> dict[str, float]:
         """Step both optimizers, unless the numbers are not finite or the policy has moved far enough."""
