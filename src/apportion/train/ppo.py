@@ -14,8 +14,8 @@ from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
 from apportion.masked import masked_var
-from apportion.models import check_reward_model, load_policy, load_scorer
 from apportion.microbatches import by_length
+from apportion.models import check_reward_model, load_policy, load_scorer
 from apportion.rollout import Responses, complete, sample, widths
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
