@@ -99,10 +99,10 @@ def scorer() -> LlamaForSequenceClassification:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token."""
     words = {"<pad>": PAD, "<eos>": EOS} | {f"w{number}": number for number in range(2, VOCABULARY)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="w2", padding_side="left"
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>", padding_side="left"
     )
 
 

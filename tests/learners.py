@@ -63,6 +63,7 @@ def setting(
     sampling: Sampling | None = None,
     repeats: int = 2,
     family: str = "llama",
+    keep_graph: bool = False,
     **credit: Any,
 ) -> Setting:
     """Make a tiny policy and critic, sample from the policy, and assign credit; the same each time."""
@@ -81,6 +82,7 @@ def setting(
             critic=critic,
             sampling=sampling,
             budget=10_000,
+            keep_graph=keep_graph,
         )
     scores = torch.randn(len(prompts.texts), generator=torch.Generator().manual_seed(4))
     config = CreditConfig(termination=FixedNgram(3), **credit)

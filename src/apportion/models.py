@@ -325,7 +325,8 @@ def without_dropout(model: nn.Module) -> nn.Module:
 class _LogprobOf(torch.autograd.Function):
     """Log-probability of one token a row: `logits[token] - logsumexp(logits)`.
 
-    Its gradient is made in one matrix of the logits' size where autograd fills three.
+    Its gradient is made in the place of the logits, where autograd fills three matrices of their size. Nothing else may
+    read them in the backward pass: autograd refuses if an operation before kept its result, and a second pass.
     """
 
     @staticmethod
@@ -340,7 +341,7 @@ class _LogprobOf(torch.autograd.Function):
         """One at the token less the distribution, times what comes from above."""
         logits, tokens, totals = ctx.saved_tensors
         above = gradients[0][:, None]
-        return (logits - totals[:, None]).exp_().mul_(-above).scatter_add_(1, tokens[:, None], above), None
+        return logits.sub_(totals[:, None]).exp_().mul_(-above).scatter_add_(1, tokens[:, None], above), None
 
 
 def _by_chunks(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int) -> Float[Tensor, " N"]:

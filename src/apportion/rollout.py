@@ -214,11 +214,11 @@ def complete(
             return (reference(*text(group), sampling, truncate=False),)
 
     def value(group: Int[Tensor, " N"]) -> tuple[Tensor]:
-        with torch.set_grad_enabled(keep_graph):
-            return (torch.zeros(len(group), width, device=lengths.device) if critic is None else critic(*text(group)),)
+        return (torch.zeros(len(group), width, device=lengths.device) if critic is None else critic(*text(group)),)
 
     (ref_logprobs,) = in_groups(refer, lengths, budget, width)
-    (values,) = in_groups(value, lengths, budget, width)
+    with torch.set_grad_enabled(keep_graph):
+        (values,) = in_groups(value, lengths, budget, width)
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_mask=prompts.prompt_mask,

@@ -245,6 +245,15 @@ def test_two_updates_draw_from_different_numbers(tmp_path: Path) -> None:
     assert sampled(made, 0)[1].response_ids.tolist() != sampled(made, 1)[1].response_ids.tolist()
 
 
+@pytest.mark.parametrize(("ppo", "passes"), [(PPOConfig(), 1), (PPOConfig(micro_batch_tokens=40), 4)])
+def test_the_critic_reads_a_rollout_once_where_all_of_it_fits(ppo: PPOConfig, passes: int, tmp_path: Path) -> None:
+    made = trainer(tmp_path, num_steps=1, batch_size=4, sampling=Sampling(max_new_tokens=12), ppo=ppo)
+    seen: list[int] = []
+    made.critic.module.register_forward_hook(lambda *_: seen.append(1))
+    made.train()
+    assert len(seen) == passes
+
+
 def test_logged_divergence_length_and_score_are_the_masked_means_that_they_claim(tmp_path: Path) -> None:
     # ma-rlhf.md section 4, rows 18 to 20: means over padding, a length with pads and a prompt token, micro-steps.
     roles = {"ref_model": causal("qwen2"), "model": causal("llama")}

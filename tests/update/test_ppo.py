@@ -53,6 +53,24 @@ def test_micro_batches_of_any_budget_give_the_gradients_of_the_whole_batch(ratio
     assert max(float(x.abs().max()) for x in whole) > 1e-3
 
 
+SHAPES = [PPOConfig(), PPOConfig(num_ppo_epochs=3), PPOConfig(num_mini_batches=2), PPOConfig(micro_batch_tokens=60)]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("config", SHAPES, ids=["one pass", "epochs", "minibatches", "micro-batches"])
+def test_the_critic_learns_the_same_from_its_reading_of_the_rollout_as_from_another(
+    config: PPOConfig, precision: str
+) -> None:
+    kept, again = (setting(sgd=True, lr=0.1, precision=precision, keep_graph=keep) for keep in (True, False))
+    passes: list[list[int]] = [[], []]
+    for given, seen in zip((kept, again), passes, strict=True):
+        given.critic.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+    for x, y in zip(change(kept, config), change(again, config), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+    spared = config.num_mini_batches == 1 and config.micro_batch_tokens > 60
+    assert len(passes[1]) - len(passes[0]) == int(spared)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_an_update_steps_along_the_gradient_of_the_written_losses(ratio: Granularity) -> None:
     given = setting(sgd=True, lr=1.0)

@@ -146,7 +146,7 @@ class PPOTrainer:
                 with watch("time/generate"):
                     responses = self.respond(prompts, generator(args.seed, "sample", step))
                 with watch("time/score"):
-                    rollout = self.complete(prompts, responses)
+                    rollout = self.complete(prompts, responses, to_learn=True)
                     scores = self._score(prompts, responses)
                 with watch("time/credit"):
                     credit = assign_credit(rollout, self._scaled(scores, rollout), args.credit, reduce=self._sum)
@@ -175,10 +175,12 @@ class PPOTrainer:
         with _evaluating(policy), self.accelerator.autocast():
             return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id)
 
-    def complete(self, prompts: Prompts, responses: Responses, *, with_values: bool = True) -> Rollout:
-        """Add what the reference and, if asked, the critic say."""
+    def complete(
+        self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False
+    ) -> Rollout:
+        """Add what the reference and, if asked, the critic say; keep its graph where the update can use it (`to_learn`)."""
         critic: Any = self.critic.module if with_values else None
-        keep_graph = with_values and self._first_pass_is_known(prompts, responses)
+        keep_graph = to_learn and self._first_pass_is_known(prompts, responses)
         with self.accelerator.autocast():
             return complete(
                 prompts,

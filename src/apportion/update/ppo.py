@@ -1,18 +1,18 @@
 """One PPO update: epochs and minibatches over one rollout, blind to how its advantages came about."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apportion.batch import Batch, Credit, Rollout, rows
+from apportion.batch import Credit, Rollout, rows
 from apportion.credit.macro_actions import macro_lengths
 from apportion.masked import masked_var
 from apportion.microbatches import by_length, in_groups
@@ -159,6 +159,30 @@ def update(
     return means | counts | {"policy/sampler_gap": gap, "value/explained_variance": explained}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Rows that a model is given at once, without the columns where all of them are padding."""
+
+    group: Int[Tensor, " N"]
+    text: tuple[Tensor, Tensor, Tensor, Tensor]
+    values: Float[Tensor, "N W"]
+    credit: Credit
+
+    @classmethod
+    def of(cls, rollout: Rollout, credit: Credit, group: Int[Tensor, " N"]) -> Self:
+        """Take some rows of a rollout and its credit."""
+        batch, part = rows(rollout, group), rows(credit, group)
+        text = _text(batch)
+        width = text[2].shape[1]
+        part = replace(part, **{field.name: getattr(part, field.name)[:, :width] for field in fields(part)})
+        return cls(group=group, text=text, values=batch.values[:, :width], credit=part)
+
+    @property
+    def mask(self) -> Bool[Tensor, "N W"]:
+        """(N, W) bool. False on padding."""
+        return self.text[3]
+
+
 class _Step:
     """Optimizer steps of one update, and what they share."""
 
@@ -191,32 +215,29 @@ class _Step:
         *,
         moved: bool,
     ) -> dict[str, float]:
-        """Take one optimizer step on some rows; fill `behaviour` where the policy has not moved yet."""
-        counts = self._counts(credit, index)
-        lengths = widths(rollout.prompt_mask, rollout.response_mask)[index]
-        groups = [index[group] for group in by_length(lengths, self.config.micro_batch_tokens)]
-        if moved or len(groups) != 1:
+        """Take one optimizer step on some rows; fill `behaviour` where the policy has not moved yet.
+
+        The critic is done with before the policy begins, so that the activations of one model are held at a time.
+        """
+        counts, budget = self._counts(credit, index), self.config.micro_batch_tokens
+        if moved:
             self.first_values = None
-        # Processes average their gradients; each loss is already a part of the mean over all of them. A process that
-        # has no rows reads one without weight, to keep step with the others.
-        weight = float(self.accelerator.num_processes) if groups else 0.0
-        sums = torch.zeros(6, device=rollout.response_ids.device)
-        largest = torch.zeros((), device=sums.device)
-        for number, group in enumerate(groups or [torch.zeros(1, dtype=torch.long, device=sums.device)]):
-            with self._syncing(number + 1 >= len(groups)):
-                part, peak = self._backward(rollout, credit, group, behaviour, counts, moved=moved, weight=weight)
-            if groups:
-                sums, largest = sums + part, torch.maximum(largest, peak)
-        totals, largest = summed(self.accelerator, sums), gathered(self.accelerator, largest[None]).max()
+        criticise = partial(self._criticise, tokens=counts[1])
+        value = self._accumulate(self.critic, criticise, rollout, credit, index, budget).sum(0)
+        reinforce = partial(self._reinforce, behaviour=behaviour, steps=counts[0], moved=moved)
+        # A token of the policy weighs more than one of the critic: it has logits, and their gradient.
+        parts = self._accumulate(self.policy, reinforce, rollout, credit, index, budget // 2)
+        totals = summed(self.accelerator, torch.cat([value, parts[:, :-1].sum(0)])).tolist()
+        largest = gathered(self.accelerator, parts[:, -1].max()[None]).max()
         names = (
-            "policy/loss",
             "value/loss",
+            "value/clipfrac",
+            "policy/loss",
             "policy/ratio_mean",
             "policy/clipfrac",
             "policy/approx_kl",
-            "value/clipfrac",
         )
-        metrics = dict(zip(names, totals.tolist(), strict=True)) | {"policy/ratio_max": float(largest)}
+        metrics = dict(zip(names, totals, strict=True)) | {"policy/ratio_max": float(largest)}
         return metrics | self._advance(metrics)
 
     def _counts(self, credit: Credit, index: Int[Tensor, " N"]) -> Float[Tensor, " 2"]:
@@ -226,76 +247,72 @@ class _Step:
         steps = tokens if self.config.ratio == "token" else (macro_lengths(ids) > 0).sum()
         return summed(self.accelerator, torch.stack([steps, tokens]).float()).clamp(min=1)
 
-    def _syncing(self, last: bool) -> AbstractContextManager:
-        """Let processes exchange gradients only with the last micro-batch of a step."""
-        stack = ExitStack()
-        if not last:
-            for learner in (self.policy, self.critic):
-                stack.enter_context(self.accelerator.no_sync(learner.module))
-        return stack
-
-    def _backward(
+    def _accumulate(
         self,
+        learner: Learner,
+        backward: Callable[["_Piece", float], Float[Tensor, " K"]],
         rollout: Rollout,
         credit: Credit,
-        group: Int[Tensor, " N"],
-        behaviour: Float[Tensor, "B T"],
-        counts: Float[Tensor, " 2"],
-        *,
-        moved: bool,
-        weight: float,
-    ) -> tuple[Float[Tensor, " 6"], Float[Tensor, ""]]:
-        """Add the gradients of some rows, times a weight; return what is summed over rows, and the largest ratio.
+        index: Int[Tensor, " N"],
+        budget: int,
+    ) -> Float[Tensor, "G K"]:
+        """Add the gradients of one model, micro-batch by micro-batch; return what is measured of each.
 
-        The critic is done with before the policy begins, so that the activations of one model are held at a time.
+        Processes average their gradients, while each loss is already a part of the mean over all of them: hence a
+        weight. They exchange them with the last micro-batch; one that has no rows reads a row without weight, to keep
+        step with the others.
         """
-        batch, part = rows(rollout, group), rows(credit, group)
-        text = _text(batch)
-        width = text[2].shape[1]
-        part = _narrow(part, width)
-        error, clipped = self._criticise(batch, part, text, group, counts[1], weight)
-        config, ids, mask = self.config, part.macro_ids, text[3]
+        lengths = widths(rollout.prompt_mask, rollout.response_mask)[index]
+        groups = [index[group] for group in by_length(lengths, budget)]
+        if not groups:
+            nothing = torch.zeros(1, dtype=torch.long, device=index.device)
+            return backward(_Piece.of(rollout, credit, nothing), 0.0)[None] * 0
+        if len(groups) > 1:
+            self.first_values = None
+        parts = []
+        for number, group in enumerate(groups):
+            last = number + 1 == len(groups)
+            with nullcontext() if last else self.accelerator.no_sync(learner.module):
+                parts.append(backward(_Piece.of(rollout, credit, group), float(self.accelerator.num_processes)))
+        return torch.stack(parts)
+
+    def _criticise(self, piece: "_Piece", weight: float, *, tokens: Float[Tensor, ""]) -> Float[Tensor, " 2"]:
+        """Add the critic's gradients; return its loss, and the share of values that its clipping holds."""
+        mask, limit = piece.mask, self.config.cliprange_value
+        if self.first_values is None:
+            with self.accelerator.autocast():
+                values = self.critic.module(*piece.text)
+        else:
+            values, self.first_values = self.first_values[piece.group, : mask.shape[1]], None
+        error = value_loss(values, piece.values, piece.credit.returns, mask, cliprange_value=limit, denominator=tokens)
+        self.accelerator.backward(self.config.vf_coef * error * weight)
+        moved = (values.detach() - piece.values).abs() > (limit or torch.inf)
+        return torch.stack([error.detach(), (moved & mask).sum() / tokens])
+
+    def _reinforce(
+        self, piece: "_Piece", weight: float, *, behaviour: Float[Tensor, "B T"], steps: Float[Tensor, ""], moved: bool
+    ) -> Float[Tensor, " 5"]:
+        """Add the policy's gradients; return its loss, what is measured of its ratio, and the largest ratio."""
+        config, mask, ids = self.config, piece.mask, piece.credit.macro_ids
         with self.accelerator.autocast():
-            logprobs = self.policy.module(*text, self.sampling)
+            logprobs = self.policy.module(*piece.text, self.sampling)
         if not moved:
-            behaviour[group, :width] = logprobs.detach()
-        old, granularity = behaviour[group, :width], config.ratio
+            behaviour[piece.group, : mask.shape[1]] = logprobs.detach()
+        old = behaviour[piece.group, : mask.shape[1]]
         surprise = policy_loss(
             logprobs,
             old,
-            part.advantages,
+            piece.credit.advantages,
             mask,
             cliprange=config.cliprange,
-            ratio=granularity,
+            ratio=config.ratio,
             macro_ids=ids,
-            denominator=counts[0],
+            denominator=steps,
         )
         self.accelerator.backward(surprise * weight)
-        ratio, steps = importance_ratio(logprobs.detach(), old, mask, granularity=granularity, macro_ids=ids)
-        stats = _ratio_sums(ratio, steps, config.cliprange) / counts[0]
-        return torch.cat([surprise.detach()[None], error, stats, clipped]), torch.where(steps, ratio, 0).max()
-
-    def _criticise(
-        self,
-        batch: Rollout,
-        part: Credit,
-        text: tuple[Tensor, Tensor, Tensor, Tensor],
-        group: Int[Tensor, " N"],
-        tokens: Float[Tensor, ""],
-        weight: float,
-    ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
-        """Add the critic's gradients; return its loss, and the share of values that its clipping holds."""
-        mask, limit = text[3], self.config.cliprange_value
-        old = batch.values[:, : mask.shape[1]]
-        if self.first_values is None:
-            with self.accelerator.autocast():
-                values = self.critic.module(*text)
-        else:
-            values, self.first_values = self.first_values[group, : mask.shape[1]], None
-        error = value_loss(values, old, part.returns, mask, cliprange_value=limit, denominator=tokens)
-        self.accelerator.backward(self.config.vf_coef * error * weight)
-        moved = (values.detach() - old).abs() > (limit or torch.inf)
-        return error.detach()[None], (moved & mask).sum()[None] / tokens
+        ratio, exists = importance_ratio(logprobs.detach(), old, mask, granularity=config.ratio, macro_ids=ids)
+        stats = _ratio_sums(ratio, exists, config.cliprange) / steps
+        return torch.cat([surprise.detach()[None], stats, torch.where(exists, ratio, 0).max()[None]])
 
     def _advance(self, metrics: dict[str, float]) -> dict[str, float]:
         """Step both optimizers, unless the numbers are not finite or the policy has moved far enough."""
@@ -325,11 +342,6 @@ def _is_finite(x: float) -> bool:
 def _text(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prompts and responses without the columns that are padding in every row."""
     return trim(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
-
-
-def _narrow(batch: Batch, width: int) -> Batch:
-    """Cut every tensor of a batch to its first columns."""
-    return replace(batch, **{f.name: getattr(batch, f.name)[:, :width] for f in fields(batch)})
 
 
 def _ratio_sums(ratio: Float[Tensor, "B N"], steps: torch.Tensor, cliprange: float) -> Float[Tensor, " 3"]:
