@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apportion.models import CHUNK_ELEMENTS, Policy
+from apportion.logprobs import CHUNK_ELEMENTS
+from apportion.models import Policy
 from apportion.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent

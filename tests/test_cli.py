@@ -120,6 +120,8 @@ REFUSED = {
         "the reference has a vocabulary of 300 tokens, the policy of 512",
         "use models that share one",
     ),
+    "unknown schedule": (f"{PPO} --lr_scheduler_type foo", "lr_scheduler_type is 'foo'", "choose one of linear"),
+    "unknown tracker": (f"{PPO} --log_with foo", "log_with is 'foo', which is not installed", "install it"),
     "file for a run folder": (f"{PPO} --output_dir TASK/prompts.jsonl", "prompts.jsonl cannot be written", "another"),
     "run folder in a file": (f"{PPO} --output_dir TASK/prompts.jsonl/run", "cannot be written", "choose another"),
     "run folder that root cannot make": (f"{PPO} --output_dir /proc/run", "/proc/run cannot be written", "another"),

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src" / "apportion"
 
 # Left to right. A module imports from its own layer and from those on its left.
 LAYERS = (
-    *("masked", "batch", "streams", "data", "sampling", "microbatches", "models", "rollout", "score", "credit"),
-    *("update", "train", "evaluate", "recipes", "quickstart", "cli", "__main__"),
+    *("masked", "batch", "streams", "data", "sampling", "logprobs", "microbatches", "models", "rollout", "score"),
+    *("credit", "update", "train", "evaluate", "recipes", "quickstart", "cli", "__main__"),
 )
 # Tensors and numbers in, tensors out: no model, no device, no file.
 PURE = ("masked", "batch", "credit", "update.losses")

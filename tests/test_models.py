@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
-import apportion.models
+import apportion.logprobs
 from apportion.models import (
     Critic,
     Policy,
@@ -21,7 +21,6 @@ from apportion.models import (
     load_scorer,
     score_head,
     scorer_from_policy,
-    token_logprobs,
     without_dropout,
 )
 from apportion.sampling import Sampling, sampled_logits
@@ -124,7 +123,7 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(
 ) -> None:
     results = []
     for tokens in (1, 3, 1000):
-        monkeypatch.setattr(apportion.models, "CHUNK_ELEMENTS", tokens * VOCABULARY)
+        monkeypatch.setattr(apportion.logprobs, "CHUNK_ELEMENTS", tokens * VOCABULARY)
         model = causal("llama").train()
         logprobs = Policy(model, (EOS,))(*texts(), sampling)
         logprobs.square().sum().backward()
@@ -153,7 +152,7 @@ def test_nothing_of_the_size_of_all_logits_is_formed_forward_or_backward(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = 2000  # with 32 hidden units the head's gradient, 64,000, is larger than any chunk
-    monkeypatch.setattr(apportion.models, "CHUNK_ELEMENTS", 4 * vocabulary)
+    monkeypatch.setattr(apportion.logprobs, "CHUNK_ELEMENTS", 4 * vocabulary)
     policy = Policy(causal("llama", dtype, vocab_size=vocabulary), (EOS,))
     batch = tuple(x.repeat(20, 1) for x in texts())
     with LargestFloat() as largest:
@@ -287,16 +286,3 @@ def test_the_log_probabilities_of_a_uniform_model_are_those_of_a_fair_die() -> N
     torch.nn.init.zeros_(model.lm_head.weight)
     logprobs = Policy(model, (EOS,))(*texts(), Sampling(top_k=0))
     torch.testing.assert_close(logprobs[texts()[3]], torch.full((19,), -math.log(VOCABULARY)))
-
-
-@pytest.mark.parametrize("sampling", [Sampling(min_new_tokens=2), Sampling(top_k=3, temperature=0.7)])
-def test_gradients_of_log_probabilities_are_those_of_log_softmax(sampling: Sampling):
-    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
-    tokens, places, above = torch.tensor([0, 1, 2, 3, 6]), torch.arange(5), torch.randn(5)
-    ours = token_logprobs(hidden, tokens, places, lambda x: x @ head.T, sampling, eos_ids=(4,), vocab_size=7)
-    logits = sampled_logits(hidden @ head.T, sampling, places=places, eos_ids=(4,), chosen=tokens)
-    plain = logits.log_softmax(-1)[places, tokens]
-    torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours @ above, (hidden, head)), torch.autograd.grad(plain @ above, (hidden, head))
-    )

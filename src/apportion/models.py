@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from apportion.sampling import Sampling, sampled_logits
-
-CHUNK_ELEMENTS = 2**24
-"""Logits are formed for so many elements at a time (64 MiB in float32), whatever the vocabulary."""
+from apportion.logprobs import token_logprobs
+from apportion.sampling import Sampling
 
 
 def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
@@ -226,45 +223,6 @@ class Policy(nn.Module):
         return torch.zeros_like(response_mask, dtype=torch.float32).masked_scatter(response_mask, flat)
 
 
-def token_logprobs(
-    hidden: Float[Tensor, "N D"],
-    tokens: Int[Tensor, " N"],
-    places: Int[Tensor, " N"],
-    project: Callable[[Tensor], Tensor],
-    sampling: Sampling,
-    *,
-    eos_ids: tuple[int, ...],
-    vocab_size: int,
-    truncate: bool = True,
-) -> Float[Tensor, " N"]:
-    """Compute log-probabilities of tokens from the hidden states before them, without all their logits at once.
-
-    Logits are formed for `CHUNK_ELEMENTS` elements at a time; where there are several chunks they are formed again in
-    the backward pass. So memory does not grow with N times the vocabulary.
-
-    Args:
-        hidden: (N, D) float. Last hidden state at the position that predicts each token.
-        tokens: (N) int64.
-        places: (N) int64. Place of each token in its response, from 0.
-        project: From hidden states to logits.
-        sampling: The distribution.
-        eos_ids: Tokens that end a response.
-        vocab_size: Width of the logits.
-        truncate: Whether top-k and top-p apply (see `sampled_logits`).
-
-    Returns:
-        (N) float32. In nats.
-    """
-
-    def logprobs(hidden: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        logits = sampled_logits(
-            project(hidden), sampling, places=places, eos_ids=eos_ids, chosen=tokens, truncate=truncate
-        )
-        return _LogprobOf.apply(logits, tokens)
-
-    return _by_chunks(logprobs, (hidden, tokens, places), max(1, CHUNK_ELEMENTS // vocab_size))
-
-
 class Critic(nn.Module):
     """A sequence classifier with one label, read before each response token instead of at the end.
 
@@ -320,38 +278,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
     return model
-
-
-class _LogprobOf(torch.autograd.Function):
-    """Log-probability of one token a row: `logits[token] - logsumexp(logits)`.
-
-    Its gradient is made in the place of the logits, where autograd fills three matrices of their size. Nothing else may
-    read them in the backward pass: autograd refuses if an operation before kept its result, and a second pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Read the tokens' logits and normalise them."""
-        totals = logits.logsumexp(1)
-        ctx.save_for_backward(logits, tokens, totals)
-        return logits.gather(1, tokens[:, None])[:, 0] - totals
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """One at the token less the distribution, times what comes from above."""
-        logits, tokens, totals = ctx.saved_tensors
-        above = gradients[0][:, None]
-        return logits.sub_(totals[:, None]).exp_().mul_(-above).scatter_add_(1, tokens[:, None], above), None
-
-
-def _by_chunks(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], size: int) -> Float[Tensor, " N"]:
-    """Apply a function to chunks of rows; with several, activations are recomputed in the backward pass."""
-    if len(tensors[0]) <= size:
-        return function(*tensors)
-    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([function(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _split(model: PreTrainedModel) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:

@@ -20,8 +20,8 @@ from apportion.sampling import Sampling
 from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode
 from apportion.streams import generator
 from apportion.train.evaluation import check_names, measured_rows, name_of
-from apportion.train.launch import check_model, named, tell_dropped, tokenizer_of
-from apportion.train.learner import check_vocabulary, end_tokens
+from apportion.train.launch import check_model, named, tell_dropped
+from apportion.train.learner import check_vocabulary, end_tokens, tokenizer_of
 from apportion.train.run import check_place
 
 
@@ -130,9 +130,9 @@ class _Measure:
         self.prompts: PromptSet = encode_prompts(
             data, self.tokenizer, max_prompt_length=settings.max_prompt_length, strict=settings.strict
         )
+        check_vocabulary("reference", settings.ref_model, settings.model)
         self.policy = self._policy(settings.model)
         self.reference = None if settings.ref_model is None else self._policy(settings.ref_model)
-        check_vocabulary("reference", self.reference and self.reference.model, self.policy.model)
         self.rewards = self._rewards()
         self.numbers = generator(settings.seed, "generate")
         self.uniforms = torch.rand(len(self.prompts), settings.sampling.max_new_tokens, generator=self.numbers)

@@ -9,6 +9,17 @@ from apportion.credit.assign import CreditConfig
 from apportion.sampling import Sampling
 from apportion.update.ppo import PPOConfig
 
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Schedules of transformers that need nothing besides the warm-up and the number of updates."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOArguments:
@@ -25,7 +36,7 @@ class PPOArguments:
         ppo: How the policy and the critic learn from a rollout.
         learning_rate: Of the policy.
         critic_learning_rate: Of the critic.
-        lr_scheduler_type: Any schedule of `transformers.get_scheduler`, counted in updates.
+        lr_scheduler_type: A schedule of `transformers.get_scheduler` without further settings, counted in updates.
         warmup_steps: Updates over which the learning rates rise from zero.
         warmup_ratio: The same as a part of `num_steps`; give one of the two.
         adam_beta1: AdamW's first decay.
@@ -47,7 +58,7 @@ class PPOArguments:
         log_with: Trackers of accelerate ("tensorboard", "trackio", "wandb", ...); metrics.jsonl is always written.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or the schedule unknown.
     """
 
     output_dir: str = "runs/ppo"
@@ -95,6 +106,8 @@ class PPOArguments:
                 raise ValueError(f"{name} is {value}; choose a positive number")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; choose a number in [0, 1)")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose one of {', '.join(SCHEDULES)}")
         self._check_together()
 
     def _check_together(self) -> None:

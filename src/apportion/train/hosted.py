@@ -21,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from apportion.data.files import Files, Source
-from apportion.train.launch import check_model, tokenizer_of
+from apportion.train.launch import check_model
+from apportion.train.learner import tokenizer_of
 from apportion.train.run import check_place
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from apportion.data.files import Files, Source
 from apportion.data.imdb import ImdbPairs, ImdbReviews
 from apportion.models import check_reward_model, refuse_pickles
 from apportion.train.arguments import PPOArguments, to_yaml
+from apportion.train.learner import tokenizer_of
 from apportion.train.run import check_run_folder
 
 SOURCES: tuple[type[Source], ...] = (Files, ImdbPairs, ImdbReviews)
@@ -165,19 +165,6 @@ def check_model(path: str) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); copy or save the model again") from error
-
-
-def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
-
-    Raises:
-        ValueError: If there is none that can be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition(". ")[0]
-        raise ValueError(f"{path} has no tokenizer that can be read; save one beside the model ({reason})") from error
 
 
 def tell_dropped(count: int, limit: int) -> None:

@@ -1,18 +1,22 @@
 """Policy, critic and reference as a run begins with them, and as a checkpoint holds them."""
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from apportion.models import (
     Critic,
@@ -66,14 +70,12 @@ def cast_roles(
         The roles.
 
     Raises:
-        ValueError: If the vocabularies of policy and reference, or of policy and critic, differ, or the reference is
-            the policy itself.
+        ValueError: If the vocabularies of policy and critic differ, or the reference is the policy itself.
     """
     if ref_model is model:
         raise ValueError(
             "ref_model is the policy itself, which learns; give another, or leave it out for a frozen copy"
         )
-    check_vocabulary("reference", ref_model, model)
     check_vocabulary("critic", value_model, model)
     eos_ids = end_tokens(model, tokenizer)
     if ref_model is None and not hasattr(model, "disable_adapter"):
@@ -143,12 +145,16 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
         model: A model, or a path to one.
 
     Raises:
-        ValueError: If the model was not loaded from a path.
+        ValueError: If there is none that can be read.
     """
     path = model if isinstance(model, str) else getattr(unwrapped(model).config, "_name_or_path", "")
     if not path:
         raise ValueError("the model came without a path; give its tokenizer as processing_class")
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"{path} has no tokenizer that can be read; save one beside the model ({reason})") from error
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -158,27 +164,40 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     return tuple(sorted({int(token) for token in [tokenizer.eos_token_id, *named] if token is not None}))
 
 
-def check_vocabulary(name: str, other: nn.Module | None, policy: nn.Module) -> None:
-    """Refuse a model that does not know the policy's tokens.
+def check_vocabulary(name: str, other: str | nn.Module | None, policy: str | nn.Module) -> None:
+    """Refuse a model that does not know the policy's tokens; of a path, only the configuration is read.
 
     Raises:
         ValueError: With both numbers.
     """
     if other is None:
         return
-    theirs, ours = (unwrapped(m).config.get_text_config().vocab_size for m in (other, policy))
+    theirs, ours = _vocabulary(other), _vocabulary(policy)
     if theirs != ours:
         raise ValueError(
             f"the {name} has a vocabulary of {theirs} tokens, the policy of {ours}; use models that share one"
         )
 
 
+def _vocabulary(model: str | nn.Module) -> int:
+    """Count the tokens that a model knows."""
+    if not isinstance(model, str):
+        return unwrapped(model).config.get_text_config().vocab_size
+    adapters = find_adapter_config_file(model)
+    base = model if adapters is None else json.loads(Path(adapters).read_text())["base_model_name_or_path"]
+    return AutoConfig.from_pretrained(base).get_text_config().vocab_size
+
+
 def open_accelerator(args: PPOArguments) -> Accelerator:
     """Open the devices that accelerate was launched with; on a machine without any, the CPU.
 
     Raises:
-        ValueError: If it was launched with something else than one process or DDP.
+        ValueError: If it was launched with something else than one process or DDP, or the tracker is not installed.
     """
+    trackers = sorted(str(tracker) for tracker in get_available_trackers())
+    if args.log_with is not None and args.log_with not in trackers:
+        known = ", ".join(trackers) or "none"
+        raise ValueError(f"log_with is {args.log_with!r}, which is not installed (these are: {known}); install it")
     precision = "bf16" if args.bf16 else "no"
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         # The precision of an earlier trainer of this process; accelerate would hold on to it, and refuse ours.
@@ -223,6 +242,18 @@ def make_schedule(learner: Learner, args: PPOArguments) -> LRScheduler:
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Name what training changes: the parameters that learn. Shared ones appear once."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while: gradient checkpointing would switch its cache off."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """PPO with credit assignment: the loop, one line a stage."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from apportion.train.evaluation import Evaluation
 from apportion.train.learner import (
     TrainingState,
     cast_roles,
+    check_vocabulary,
     critic_model,
+    evaluating,
     make_learner,
     make_schedule,
     open_accelerator,
@@ -90,6 +91,8 @@ class PPOTrainer:
         self.accelerator = open_accelerator(args)
         if args.batch_size % (processes := self.accelerator.num_processes):
             raise ValueError(f"batch_size is {args.batch_size}, not a multiple of the {processes} processes")
+        for name, other in (("reference", ref_model), ("critic", value_model)):
+            check_vocabulary(name, other, model)
         self.tokenizer = processing_class or tokenizer_of(model)
         encode = {"max_prompt_length": args.max_prompt_length, "strict": args.strict}
         self.prompts = encode_prompts(train_dataset, self.tokenizer, **encode)
@@ -172,13 +175,13 @@ class PPOTrainer:
             first, total = self.accelerator.process_index * rows, self.args.batch_size
         uniforms = torch.rand(total, sampling.max_new_tokens, generator=numbers)[first : first + rows]
         policy = self.accelerator.unwrap_model(self.policy.module)
-        with _evaluating(policy), self.accelerator.autocast():
+        with evaluating(policy), self.accelerator.autocast():
             return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id)
 
     def complete(
         self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False
     ) -> Rollout:
-        """Add what the reference and, if asked, the critic say; keep its graph where the update can use it (`to_learn`)."""
+        """Add what the reference and, if asked, the critic say; `to_learn` keeps its graph where that is of use."""
         critic: Any = self.critic.module if with_values else None
         keep_graph = to_learn and self._first_pass_is_known(prompts, responses)
         with self.accelerator.autocast():
@@ -385,15 +388,3 @@ class PPOTrainer:
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over processes."""
         return summed(self.accelerator, x)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while: gradient checkpointing would switch its cache off."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
