@@ -4,16 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from apportion.data.reviews import ReviewsData, write_reviews
 from apportion.quickstart import METHODS, Quickstart, Stage, claim, methods, preparations, tell_accuracy
-from apportion.train.run import CHECKPOINTS, flatten_config
+from apportion.train.run import flatten_config
 from command_line import apportion
-from recorded_runs import write_run
+from tiny_start import tiny_start
 
 SETTINGS = Quickstart(seed=3, num_steps=7)
 
@@ -25,7 +22,7 @@ def resolved(stage: Stage) -> dict:
 
 
 def test_each_stage_is_a_command_that_is_understood_and_writes_where_the_next_one_looks(tmp_path: Path) -> None:
-    sft, reward = preparations(tmp_path, SETTINGS)
+    sft, reward = preparations(tmp_path, 3)
     task = tmp_path / "task"
     assert resolved(sft)["model"] == str(task / "base")
     assert resolved(reward)["model"] == resolved(sft)["output_dir"] == str(sft.folder)
@@ -56,35 +53,16 @@ def test_the_methods_differ_in_their_credit_and_in_nothing_else(tmp_path: Path) 
     assert settings["abc"]["credit.redistribution.init_args.beta"] == 0.8
 
 
-def test_a_run_is_complete_when_its_last_checkpoint_and_its_policy_are_there(tmp_path: Path) -> None:
-    stage = Stage(name="ppo", argv=(), folder=tmp_path / "ppo", total=8)
-    assert (stage.done(), stage.complete()) == (0, False)
-    write_run(stage.folder, steps=8)
-    assert (stage.done(), stage.complete()) == (8, False)
-    (stage.folder / CHECKPOINTS / "step-000008").mkdir()
-    assert not stage.complete()
-    (stage.folder / "model").mkdir()
-    assert stage.complete()
-    assert not Stage(name="ppo", argv=(), folder=stage.folder, total=9).complete()
-
-
-def test_a_preparation_is_complete_when_its_metrics_are_there(tmp_path: Path) -> None:
-    stage = Stage(name="sft", argv=(), folder=tmp_path)
-    assert (stage.done(), stage.complete()) == (0, False)
-    (tmp_path / "metrics.json").write_text("{}")
-    assert (stage.done(), stage.complete()) == (1, True)
-
-
 def test_a_folder_belongs_to_one_quickstart(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    claim(folder, SETTINGS)
-    claim(folder, Quickstart(seed=3, num_steps=7, jobs=5))  # how many at a time changes no result
+    claim(folder, "quickstart", {"seed": 3, "num_steps": 7})
+    claim(folder, "quickstart", {"seed": 3, "num_steps": 7})
     with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4.*choose another output_dir"):
-        claim(folder, Quickstart(seed=4, num_steps=7))
+        claim(folder, "quickstart", {"seed": 4, "num_steps": 7})
     with pytest.raises(ValueError, match="'num_steps': 7"):
-        claim(folder, Quickstart(seed=3, num_steps=8))
+        claim(folder, "quickstart", {"seed": 3, "num_steps": 8})
     with pytest.raises(ValueError, match="holds no quickstart"):
-        claim(tmp_path, SETTINGS)
+        claim(tmp_path, "quickstart", {"seed": 3, "num_steps": 7})
 
 
 @pytest.mark.parametrize(("accuracy", "warned"), [(0.84, True), (0.85, False)])
@@ -97,23 +75,10 @@ def test_a_poor_reward_model_is_told(accuracy: float, warned: bool, tmp_path: Pa
     assert ("warning" in told) is warned
 
 
-def tiny_task(folder: Path, seed: int) -> Path:
-    """Write the task with few rows, and a fine-tuned model and a reward model that learned nothing."""
-    claim(folder, Quickstart(seed=seed, num_steps=1))
-    sizes = {"sft": 4, "pairs": 4, "pairs_test": 4, "prompts": 32, "prompts_eval": 4}
-    task = write_reviews(folder / "task", ReviewsData(seed=seed, **sizes))
-    shutil.copytree(task / "base", folder / "sft")
-    torch.manual_seed(seed)
-    scorer = AutoModelForSequenceClassification.from_pretrained(task / "base", num_labels=1)
-    scorer.save_pretrained(folder / "reward")
-    AutoTokenizer.from_pretrained(task / "base").save_pretrained(folder / "reward")
-    (folder / "sft" / "metrics.json").write_text("{}")
-    (folder / "reward" / "metrics.json").write_text('{"eval_accuracy": 0.5}')
-    return folder
-
-
 def test_a_stage_that_fails_is_told_in_one_line_with_its_log(tmp_path: Path) -> None:
-    folder = tiny_task(tmp_path / "quick", seed=0)
+    folder = tmp_path / "quick"
+    claim(folder, "quickstart", {"seed": 0, "num_steps": 1})
+    tiny_start(folder, seed=0)
     (folder / "sft" / "metrics.json").unlink()
     shutil.rmtree(folder / "task" / "base")
     done = apportion("quickstart", "--output_dir", folder, "--num_steps", 1)
@@ -125,7 +90,9 @@ def test_a_stage_that_fails_is_told_in_one_line_with_its_log(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_four_methods_are_trained_and_compared_and_a_second_call_has_nothing_to_do(tmp_path: Path) -> None:
-    folder = tiny_task(tmp_path / "quick", seed=0)
+    folder = tmp_path / "quick"
+    claim(folder, "quickstart", {"seed": 0, "num_steps": 1})
+    tiny_start(folder, seed=0)
     command = ("quickstart", "--output_dir", folder, "--num_steps", 1, "--jobs", 2)
     first, second = apportion(*command), apportion(*command)
     assert (first.code, first.err) == (0, ""), [path.read_text()[-2000:] for path in folder.glob("*.log")]

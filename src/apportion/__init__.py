@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         FixedNgram,
         Perplexity,
         RandomizedNgram,
+        ShuffledBoundaries,
         TerminationCondition,
         WholeResponse,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "Sampling",
     "Scores",
     "Shuffled",
+    "ShuffledBoundaries",
     "Terminal",
     "TerminationCondition",
     "Uniform",

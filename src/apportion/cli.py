@@ -10,9 +10,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from apportion.recipes import NOTES, text_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,13 @@ COMMANDS = {
         settings="Compare",
         function="compare_runs",
         positional="runs",
+    ),
+    "control": Command(
+        help="run settings of credit beside those they stand against on the task reviews, over seeds, and report",
+        module="apportion.control",
+        settings="Control",
+        function="control",
+        positional="names",
     ),
     "recipes": Command(
         help="list the recipes that --config knows by name, or show one",
@@ -225,7 +233,7 @@ def _section(config: str, command: str) -> str:
         raise ValueError(f"{config} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{config} holds no settings; write them as `name: value`")
-    if content.keys() & COMMANDS.keys() and not content.keys() - COMMANDS.keys() - {"description"}:
+    if content.keys() & COMMANDS.keys() and not content.keys() - COMMANDS.keys() - NOTES:
         if command not in content:
             raise ValueError(f"{config} has no section {command!r}; it has {', '.join(content)}")
         content = content[command] or {}
@@ -239,11 +247,7 @@ def _text_of(config: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"configuration {config} does not exist")
         return path.read_text(encoding="utf-8")
-    from apportion.recipes import names
-
-    if config not in names():
-        raise ValueError(f"there is no recipe {config!r}{_nearest(config, names())}; see `apportion recipes`")
-    return files("apportion.recipes").joinpath(f"{config}.yaml").read_text(encoding="utf-8")
+    return text_of(config)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -512,3 +512,19 @@ def test_the_official_preset_gives_conditions_their_official_defaults() -> None:
 def test_settings_without_a_meaning_are_refused(changes: dict, message: str) -> None:
     with without_type_checks(), pytest.raises(ValueError, match=message):
         CreditConfig(**changes)
+
+
+def test_smoothed_values_are_the_means_over_their_actions_and_the_actions_stay_tokens() -> None:
+    rollout = random_rollout(mask_of_lengths(7, 3, width=9), 5)
+    scores, gae = random_scores(rollout.response_mask), GAE(per="token")
+    config = CreditConfig(termination=EveryToken(), advantage=gae, value_smoothing=FixedNgram(n=3))
+    values = torch.zeros_like(rollout.values)
+    for b, (start, end) in ((0, (0, 3)), (0, (3, 6)), (0, (6, 7)), (1, (0, 3))):
+        values[b, start:end] = rollout.values[b, start:end].mean()
+    by_hand = assign_credit(replace(rollout, values=values), scores, replace(config, value_smoothing=None))
+    found = assign_credit(rollout, scores, config)
+    torch.testing.assert_close(found.advantages, by_hand.advantages)
+    torch.testing.assert_close(found.returns, by_hand.returns)
+    plain = assign_credit(rollout, scores, replace(config, value_smoothing=None))
+    assert torch.equal(found.macro_ids, plain.macro_ids)
+    assert (found.advantages - plain.advantages).abs().max() > 0.01

@@ -15,6 +15,7 @@ from apportion import (
     FixedNgram,
     Perplexity,
     RandomizedNgram,
+    ShuffledBoundaries,
     TerminationCondition,
     WholeResponse,
     macro_ids,
@@ -33,6 +34,7 @@ CONDITIONS: tuple[TerminationCondition, ...] = (
     Perplexity(variant="token", early=True),
     Perplexity(variant="segment"),
     WholeResponse(),
+    ShuffledBoundaries(inner=FixedNgram(n=3)),
 )
 every_condition = pytest.mark.parametrize("condition", CONDITIONS, ids=str)
 
@@ -280,3 +282,21 @@ def test_junk_in_the_padding_of_a_rollout_is_not_read() -> None:
     other = spoiled(replace(rollout, response_ids=rollout.response_ids + 1000 * (~rollout.response_mask)))
     for condition in CONDITIONS:
         assert torch.equal(condition(other), condition(rollout))
+
+
+@given(mask=masks, seed=st.integers(0, 99))
+@settings(max_examples=50)
+def test_shuffled_boundaries_are_as_many_in_every_row(mask: Tensor, seed: int) -> None:
+    rollout = random_rollout(mask, seed)
+    inner = FixedNgram(n=3)
+    assert torch.equal(ShuffledBoundaries(inner=inner)(rollout).sum(1), inner(rollout).sum(1))
+
+
+def test_shuffled_boundaries_lie_anywhere_alike_and_depend_on_seed_and_row() -> None:
+    rollout = random_rollout(torch.ones(4000, 11, dtype=torch.bool))
+    closes = ShuffledBoundaries(inner=FixedNgram(n=5))(rollout)  # two of ten free tokens close
+    assert closes[:, -1].all()
+    shares = closes[:, :-1].float().mean(0)
+    torch.testing.assert_close(shares, torch.full((10,), 0.2), atol=0.03, rtol=0)
+    other = ShuffledBoundaries(inner=FixedNgram(n=5), seed=1)(rollout)
+    assert 0.5 < (closes != other).any(1).float().mean() < 1

@@ -43,6 +43,8 @@ class CreditConfig:
         score_clamp: Scores are clamped to [-score_clamp, score_clamp] before they are redistributed; None for not at
             all.
         last_token_apart: Whether the last valid token is a macro action of its own, as in the official code.
+        value_smoothing: Actions over which values are averaged before anything else, and shared by their tokens; None
+            for not at all. With `EveryToken` it is what macro actions do to values, alone: a control.
         whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens.
 
     Raises:
@@ -57,6 +59,7 @@ class CreditConfig:
     kl_coef: float = 0.05
     score_clamp: float | None = None
     last_token_apart: bool = False
+    value_smoothing: Condition | None = None
     whiten_advantages: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
         token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=config.kl_coef
     )
     weights = pooling_weights(ids, config.macro_value)
-    macro_values = sum_over_actions(weights * torch.where(mask, rollout.values.float(), 0), ids)
+    macro_values = sum_over_actions(weights * _values(rollout, config.value_smoothing), ids)
     macro_rewards = sum_over_actions(rewards * _reward_weights(ids, weights, config), ids)
     macro_advantages, macro_returns = config.advantage(macro_rewards, macro_values, lengths)
     advantages = to_tokens(macro_advantages, ids)
@@ -156,11 +159,26 @@ def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
         ValueError: If the condition answers in another form than (B, T) bool.
     """
     mask = rollout.response_mask
-    closes = config.termination(rollout)
-    if closes.dtype != torch.bool or closes.shape != mask.shape:
-        answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
-        raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(mask.shape)}")
+    closes = _closes(config.termination, rollout)
     return macro_ids(closes | _second_to_last(mask) if config.last_token_apart else closes, mask)
+
+
+def _closes(condition: Condition, rollout: Rollout) -> Bool[Tensor, "B T"]:
+    """Ask a condition, which may be anybody's, and refuse an answer in another form than (B, T) bool."""
+    closes, shape = condition(rollout), rollout.response_mask.shape
+    if closes.dtype != torch.bool or closes.shape != shape:
+        answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
+        raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(shape)}")
+    return closes
+
+
+def _values(rollout: Rollout, smoothing: Condition | None) -> Float[Tensor, "B T"]:
+    """Take the critic's values, averaged over the actions of a condition if one is given; 0 outside the responses."""
+    values = torch.where(rollout.response_mask, rollout.values.float(), 0)
+    if smoothing is None:
+        return values
+    ids = macro_ids(_closes(smoothing, rollout), rollout.response_mask)
+    return to_tokens(sum_over_actions(pooling_weights(ids, "equal") * values, ids), ids)
 
 
 def _official_termination(termination: Condition) -> Condition:

@@ -174,6 +174,34 @@ class Perplexity(TerminationCondition):
         return mask & closes.gather(1, ranks(mask).clamp(min=0)) | is_last(mask)
 
 
+@dataclass(frozen=True)
+class ShuffledBoundaries(TerminationCondition):
+    """Close as many actions as another condition does, at random tokens: the control that keeps all but the places.
+
+    The permutation is a function of the seed and of the row's tokens (`row_keys`). The last valid token still closes.
+
+    Attributes:
+        inner: The condition whose boundaries are permuted.
+        seed: Another seed gives other permutations.
+
+    Source:
+        Control for MA-RLHF (https://arxiv.org/abs/2410.02743): does it matter where macro actions end?
+    """
+
+    inner: TerminationCondition
+    seed: int = 0
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Permute the inner boundaries over the valid tokens but the last."""
+        mask = rollout.response_mask
+        last = is_last(mask)
+        free, place = mask & ~last, ranks(mask).clamp(min=0)
+        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
+        order = torch.where(free, keys, torch.iinfo(torch.int64).max).argsort(1)
+        closes = self.inner(rollout).gather(1, order.gather(1, place))
+        return free & closes | last
+
+
 def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
     """Mark the tokens that are harder to foresee than the one before."""
     columns = torch.arange(surprise.shape[1], device=surprise.device)

@@ -4,7 +4,8 @@ import difflib
 from dataclasses import dataclass
 from importlib.resources import files
 
-import yaml
+NOTES = frozenset({"description", "beside"})
+"""What a recipe holds besides a section for each command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,31 @@ def names() -> list[str]:
     """List the recipes.
 
     Returns:
-        Their names, sorted.
+        Their names, sorted; those of a folder, such as `controls/lam-1`, with its name.
     """
-    return sorted(f.name.removesuffix(".yaml") for f in files(__name__).iterdir() if f.name.endswith(".yaml"))
+    root = files(__name__)
+    inner = (f"{folder.name}/{f.name}" for folder in root.iterdir() if folder.is_dir() for f in folder.iterdir())
+    found = (*(f.name for f in root.iterdir()), *inner)
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def text_of(name: str) -> str:
+    """Read a recipe.
+
+    Args:
+        name: One of `names()`.
+
+    Returns:
+        YAML text.
+
+    Raises:
+        ValueError: If there is no recipe of that name; with near matches.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=3)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ValueError(f"there is no recipe {name!r}{hint}; see `apportion recipes`")
+    return files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def show(settings: Recipes) -> None:
@@ -33,14 +56,12 @@ def show(settings: Recipes) -> None:
     Raises:
         ValueError: If there is no recipe of that name.
     """
+    import yaml
+
     if settings.name is None:
         for name in names():
-            content = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-            commands = ", ".join(key for key in content if key != "description")
+            content = yaml.safe_load(text_of(name))
+            commands = ", ".join(key for key in content if key not in NOTES)
             print(f"{name}: {content.get('description', '').strip()} ({commands})")
         return
-    if settings.name not in names():
-        near = difflib.get_close_matches(settings.name, names(), n=3)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(f"there is no recipe {settings.name!r}{hint}; one of {', '.join(names())}")
-    print(files(__name__).joinpath(f"{settings.name}.yaml").read_text(encoding="utf-8"), end="")
+    print(text_of(settings.name), end="")
