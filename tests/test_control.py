@@ -54,11 +54,8 @@ def test_a_control_changes_what_it_is_about_and_nothing_else(name: str, tmp_path
     assert other is not None
     ours, theirs = resolved(name, tmp_path), resolved(other, tmp_path)
     different = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)} - {"output_dir"}
-    inner = {
-        key
-        for key in different
-        if ".inner." in key or key.endswith((".seed", "value_smoothing", "smoothing.init_args.n"))
-    }
+    further = (".init_args", ".seed", "value_smoothing", "smoothing.init_args.n")
+    inner = {key for key in different if ".inner." in key or key.endswith(further)}
     assert {key.removeprefix("credit.") for key in different - inner} == CHANGES[name]
 
 
