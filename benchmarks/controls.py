@@ -1,0 +1,268 @@
+"""Tune four methods alike on the task `reviews`, run them and the controls over fresh seeds, and report what helps.
+
+    python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--write]
+
+All runs share one fine-tuned model and one reward model. First each method is tuned on one seed over the same grid;
+then it is run with fresh seeds at its best setting and at the papers' setting, and so is each control
+(`apportion recipes`) at the papers' setting. The best setting is the one with the highest held-out score under the
+reward model, for the oracle is what a user has not. Finished runs are kept as lines of
+`benchmarks/results/controls-runs.jsonl`, and are not done again; after `--hours` no further run is begun. With
+`--write` the report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading
+is written by hand and kept.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from apportion.control import controls
+from apportion.evaluate.statistics import at_position, estimate, parity
+from apportion.quickstart import claim, prepare, start
+from apportion.stages import Stage, run_stages
+from apportion.train.run import read_records
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RECORDS = RESULTS / "controls-runs.jsonl"
+READING = "## What it says"
+PREAMBLE = """\
+Held-out means (256 prompts); interquartile means over seeds with bootstrap intervals of 95 %. The score is the reward
+model's, which the policies were trained on; the oracle is the task's. `updates to PPO`: until the final score of token
+PPO at the papers' setting (lam 0.95, lr 0.0003) is reached. Lam `own` is that of the control's recipe."""
+
+METHODS = ("ppo", "ma-ppo", "abc", "prefix-difference")
+LAMS, RATES = (0.9, 0.95, 0.99, 1.0), (3e-4, 6e-4)
+PAPER = (0.95, 3e-4)
+TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
+STEPS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run.
+
+    Attributes:
+        name: A recipe under controls/.
+        lam: Lambda of GAE; None for the recipe's.
+        rate: Learning rate of the policy; the critic's stays at 1e-3.
+        seed: Decides prompts and samples.
+    """
+
+    name: str
+    lam: float | None
+    rate: float
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Name of its folder and its log."""
+        lam = "own" if self.lam is None else f"{self.lam:g}"
+        return f"{self.name}-lam{lam}-lr{self.rate:g}-seed{self.seed}"
+
+    def stage(self, folder: Path) -> Stage:
+        """The command that runs it."""
+        place = folder / self.label
+        lam = () if self.lam is None else (f"--credit.advantage.lam={self.lam}",)
+        return Stage(
+            name=self.label,
+            argv=(
+                *("ppo", "--config=reviews", f"--config=controls/{self.name}", *start(folder / "start"), *lam),
+                *(f"--learning_rate={self.rate}", f"--num_steps={STEPS}", f"--seed={self.seed}", "--resume"),
+                *("--save_steps=0", f"--output_dir={place}"),
+            ),
+            folder=place,
+            total=STEPS,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What is kept of a run: held-out means at some updates."""
+
+    trial: Trial
+    updates: list[float]
+    score: list[float]
+    oracle: list[float]
+    kl: list[float]
+    length: list[float]
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, trial: Trial, folder: Path) -> "Curve":
+        """Read a run folder."""
+        records = [record for record in read_records(folder / "metrics.jsonl") if "eval/score" in record]
+        keys = {"updates": "step", "score": "eval/score", "oracle": "eval/oracle", "kl": "eval/kl_sequence"}
+        keys |= {"length": "eval/length", "seconds": "seconds"}
+        return cls(trial=trial, **{name: [record[key] for record in records] for name, key in keys.items()})
+
+
+def read_curves() -> dict[Trial, Curve]:
+    """Read the runs that are finished."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    curves = [json.loads(line) for line in lines]
+    return {(trial := Trial(**curve.pop("trial"))): Curve(trial=trial, **curve) for curve in curves}
+
+
+def tuning() -> list[Trial]:
+    """The grid, on one seed."""
+    return [Trial(name=name, lam=lam, rate=rate, seed=TUNING_SEED) for lam, rate, name in product(LAMS, RATES, METHODS)]
+
+
+def best(name: str, curves: dict[Trial, Curve]) -> Trial | None:
+    """The setting of a method with the highest score at the end; None while the grid has gaps."""
+    grid = [trial for trial in tuning() if trial.name == name]
+    if any(trial not in curves for trial in grid):
+        return None
+    return max(grid, key=lambda trial: curves[trial].score[-1])
+
+
+def fresh(curves: dict[Trial, Curve]) -> list[Trial]:
+    """Methods at the papers' setting and at their best, and controls, over fresh seeds; seed by seed."""
+    paper = [Trial(name=name, lam=PAPER[0], rate=PAPER[1], seed=0) for name in METHODS]
+    tuned = [trial for name in METHODS if (trial := best(name, curves)) is not None]
+    others = [Trial(name=name, lam=None, rate=PAPER[1], seed=0) for name in controls() if name not in METHODS]
+    once = dict.fromkeys([*paper, *(replace(trial, seed=0) for trial in tuned), *others])
+    return [replace(trial, seed=seed) for seed in SEEDS for trial in once]
+
+
+def run(trials: Iterable[Trial], folder: Path, jobs: int, until: float) -> None:
+    """Do the runs that are not there, some at a time, and keep each when it is finished."""
+    done = read_curves()
+    left = [trial for trial in trials if trial not in done]
+    begin, finished = time.monotonic(), 0
+
+    def one(trial: Trial) -> Curve | None:
+        if time.monotonic() > until:
+            return None
+        stage = trial.stage(folder)
+        run_stages([stage], folder, jobs=1, threads=1, console=Console(file=io.StringIO()))
+        return Curve.of(trial, stage.folder)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for curve in pool.map(one, left):
+            if curve is None:
+                continue
+            with RECORDS.open("a") as file:
+                file.write(json.dumps(asdict(curve)) + "\n")
+            finished += 1
+            pace = (time.monotonic() - begin) / finished
+            rest = pace * (len(left) - finished) / 60
+            print(f"{finished} of {len(left)}: {curve.trial.label}, oracle {curve.oracle[-1]:.2f}; {rest:.0f} min left")
+
+
+def tuning_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+    """Score and oracle at the end for each setting of the grid."""
+    yield from ("## Tuning, seed 100: score (oracle) at the end", "")
+    settings = list(product(RATES, LAMS))
+    yield "| method | " + " | ".join(f"lr {rate:g}, lam {lam:g}" for rate, lam in settings) + " |"
+    yield "|---" * (len(settings) + 1) + "|"
+    for name in METHODS:
+        cells = []
+        for rate, lam in settings:
+            curve = curves.get(Trial(name=name, lam=lam, rate=rate, seed=TUNING_SEED))
+            cell = "" if curve is None else f"{curve.score[-1]:.2f} ({curve.oracle[-1]:.2f})"
+            cells.append(f"**{cell}**" if curve is not None and curve.trial == best(name, curves) else cell)
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def fresh_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+    """Interquartile means over the fresh seeds that are there, and when each reached the final score of token PPO."""
+    groups: dict[Trial, list[Curve]] = {}
+    for trial in fresh(curves):
+        if trial in curves:
+            groups.setdefault(replace(trial, seed=0), []).append(curves[trial])
+    head = ("run", "lam", "lr", "seeds", "oracle", "score", "KL", "length", "updates to PPO", "seconds to PPO")
+    yield from ("## Fresh seeds", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|")
+    baseline = groups.get(Trial(name="ppo", lam=PAPER[0], rate=PAPER[1], seed=0), [])
+    for trial, found in groups.items():
+        numbers = [
+            _plain([getattr(curve, name)[-1] for curve in found]) for name in ("oracle", "score", "kl", "length")
+        ]
+        lam = "own" if trial.lam is None else f"{trial.lam:g}"
+        yield (
+            "| "
+            + " | ".join((trial.name, lam, f"{trial.rate:g}", str(len(found)), *numbers, *_parity(found, baseline)))
+            + " |"
+        )
+    yield ""
+
+
+def _plain(values: list[float]) -> str:
+    """An interquartile mean with its interval."""
+    found = estimate(np.array(values))
+    return f"{found.value:.2f}" + ("" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]")
+
+
+def _parity(found: list[Curve], baseline: list[Curve]) -> tuple[str, ...]:
+    """Updates and seconds until the score of PPO at the end is reached."""
+    if not baseline:
+        return "", ""
+    position, _ = parity(*(np.array([curve.score for curve in curves]) for curves in (found, baseline)))
+    spent = [np.mean([getattr(curve, name) for curve in found], axis=0) for name in ("updates", "seconds")]
+    values = [float(at_position(np.array([position]), each)[0]) for each in spent]
+    return tuple("never" if value == float("inf") else f"{value:.0f}" for value in values)
+
+
+def report(curves: dict[Trial, Curve]) -> Iterator[str]:
+    """Write the report line by line."""
+    git = ("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
+    planned = [*tuning(), *fresh(curves)]
+    yield from ("# Controls on the task `reviews`, T = 160", "")
+    yield f"{sum(trial in curves for trial in planned)} of {len(planned)} runs of {STEPS} updates are there."
+    yield PREAMBLE
+    yield from ("", f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`")
+    yield f"- commit: {commit}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
+    yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores, one thread a run"
+    yield ""
+    yield from tuning_table(curves)
+    yield from fresh_table(curves)
+
+
+def kept(path: Path) -> str:
+    """What was written by hand in the newest report, from its heading on."""
+    for old in [path, *sorted(RESULTS.glob("controls-*.md"), reverse=True)]:
+        text = old.read_text() if old.exists() else ""
+        if READING in text:
+            return text[text.index(READING) :]
+    return f"{READING}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What helps on the task reviews, with controls.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="where the runs go")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--hours", type=float, default=24.0, help="begin no run after so long")
+    parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
+    arguments = parser.parse_args()
+    until = time.monotonic() + 3600 * arguments.hours
+    claim(arguments.folder, "control", {"start_seed": 0, "num_steps": STEPS})
+    prepare(arguments.folder / "start", 0, arguments.jobs, Console())
+    run(tuning(), arguments.folder, arguments.jobs, until)
+    run(fresh(read_curves()), arguments.folder, arguments.jobs, until)
+    text = "\n".join(report(read_curves()))
+    print(text)
+    if arguments.write:
+        path = RESULTS / f"controls-{datetime.now(UTC):%Y-%m-%d}.md"
+        path.write_text(text.rstrip() + "\n\n" + kept(path))
+
+
+if __name__ == "__main__":
+    main()
