@@ -5,8 +5,8 @@
 Models have random weights. The large one has the shape of Llama 3.2 1B (hidden 2048, 16 layers, 32 heads over 8
 key-value heads) and a vocabulary of 32,768. What is compared takes turns in one process; numbers are medians of seconds
 on the clock with the device waited for, and of the peak of allocated device memory. With `--write` the report goes to
-`benchmarks/results/gpu-DATE.md`. `--quick` runs everything on tiny models, to see that it runs. Where the checkout has
-no history, `--commit` names the commit.
+`benchmarks/results/gpu-DATE.md`. `--quick` runs everything on tiny models, to see that it runs. Where the
+history of the checkout does not say, `--commit` names the commit.
 """
 
 import argparse
@@ -56,12 +56,16 @@ def cost(task: Task) -> tuple[float, float]:
 
 
 def medians(tasks: dict[str, Task], repeats: int) -> dict[str, tuple[float, float]]:
-    """Let the tasks take turns, the first to warm up; medians of seconds and MiB."""
+    """Let the tasks take turns, the first to warm up; medians of seconds and MiB.
+
+    Every other turn is in reverse, for the clock of a hot device depends on what it did before.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
-    for turn, (name, task) in itertools.product(range(repeats + 1), tasks.items()):
-        measured = cost(task)
-        if turn:
-            taken[name].append(measured)
+    for turn in range(repeats + 1):
+        for name in list(tasks)[:: -1 if turn % 2 else 1]:
+            measured = cost(tasks[name])
+            if turn:
+                taken[name].append(measured)
     return {
         name: (statistics.median(s for s, _ in pairs), statistics.median(m for _, m in pairs))
         for name, pairs in taken.items()
@@ -154,7 +158,9 @@ def attention(quick: bool) -> Iterator[str]:
     yield ""
     lines = []
     for padding, mask in (("none", whole), ("left", padded)):
-        found = medians(reward_passes(reward, ids, mask), 2 if quick else 21)
+        tasks = reward_passes(reward, ids, mask)
+        eager = {"eager": tasks.pop("eager")}
+        found = medians(tasks, 2 if quick else 20) | medians(eager, 2 if quick else 6)
         alone = found["score"]
         lines += [
             (padding, name, f"{1000 * s:.1f}", f"{s / alone[0]:.3f}", f"{m:,.0f}", f"{m / alone[1]:.2f}")
@@ -256,8 +262,8 @@ def updates(quick: bool) -> Iterator[str]:
     gap = max(log["policy/sampler_gap"] for logs in taken.values() for log in logs)
     yield f"{size[0]} prompts of {size[1]} tokens, {size[2]} new ones each, one epoch, bf16 autocast, micro-batches of"
     yield f"{trainer.args.ppo.micro_batch_tokens:,} tokens. A Llama of {size_of(trainer.policy.module)} parameters in"
-    yield "each role: policy and critic in float32 with AdamW, reference and reward model in bfloat16. Medians of"
-    yield f"{turns} updates of each method, in turns, after one to warm up. Ratios are to token PPO in the same turn;"
+    yield "each role: policy and critic in float32 with AdamW, reference and reward model in bfloat16. Seconds, medians"
+    yield f"of {turns} updates of each method, in turns, after one to warm up. Ratios are to token PPO in the same turn;"
     yield "peaks are of all that is allocated, models included. Largest difference between the log-probabilities of"
     yield f"sampling and of training: {gap:.2g} nats."
     yield ""
@@ -306,7 +312,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     flash = "" if importlib.util.find_spec("flash_attn") else "not "
     yield from ("# On a GPU", "")
     yield f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
-    yield f"- commit: {git.stdout.strip() or options.commit or 'unknown'}"
+    yield f"- commit: {options.commit or git.stdout.strip() or 'unknown'}"
     yield f"- machine: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; Python {platform.python_version()}"
     yield f"- torch {torch.__version__}, transformers {transformers.__version__}; flash_attn {flash}there"
     yield f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -321,7 +327,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections only")
     parser.add_argument("--quick", action="store_true", help="tiny models and sizes, to see that it runs")
-    parser.add_argument("--commit", help="the commit, where the checkout has no history")
+    parser.add_argument("--commit", help="the commit, where the history of the checkout does not say")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit(
