@@ -353,6 +353,13 @@ def test_a_bare_switch_is_true_and_false_is_false(given: list[str], means: bool,
     assert resolved("ppo", *given, "--config", config)["resume"] is means
 
 
+def test_a_bare_switch_of_a_chosen_class_is_true_and_another_setting_of_it_wants_its_value(config: Path) -> None:
+    given = ("ppo", "--config", config, "--credit.termination", "Perplexity", "--credit.termination.early", "--bf16")
+    assert resolved(*given)["credit"]["termination"]["init_args"]["early"] is True
+    told = refusal(apportion("ppo", "--config", config, "--credit.termination", "FixedNgram", "--credit.termination.n"))
+    assert "--credit.termination.n: True is given; give int" in told
+
+
 def test_lists_are_given_as_words_or_as_yaml(config: Path) -> None:
     for given in (["a.b", "c.d"], ["[a.b, c.d]"]):
         assert resolved("ppo", "--config", config, "--eval_functions", *given)["eval_functions"] == ["a.b", "c.d"]

@@ -181,7 +181,7 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
         if flag in lists:
             is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
-        elif flag in switches and not words:
+        elif not words and (flag in switches or _is_inside_a_class(flag, settings)):
             done.append(f"{flag}=true")
         else:
             taken = 0 if not flag or "=" in flag else 1
@@ -211,8 +211,17 @@ def _flags(settings: type, wanted: Callable[[Any], bool], prefix: str = "--") ->
     for name, kind in get_type_hints(settings).items():
         if wanted(kind):
             yield prefix + name
-        elif is_dataclass(kind) and isinstance(kind, type):
+        elif _is_group(kind):
             yield from _flags(kind, wanted, f"{prefix}{name}.")
+
+
+def _is_inside_a_class(flag: str, settings: type) -> bool:
+    """Tell whether a flag without a value belongs to a class that is chosen by name, where only a switch has none."""
+    return "." in flag and "=" not in flag and flag not in _flags(settings, lambda kind: not _is_group(kind))
+
+
+def _is_group(kind: Any) -> bool:
+    return is_dataclass(kind) and isinstance(kind, type)
 
 
 def _is_switch(kind: Any) -> bool:
