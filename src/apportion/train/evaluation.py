@@ -60,8 +60,8 @@ class Evaluation:
         self.samples = [
             {name: value for name, value in row.items() if name != "index"} for row in rows[: args.num_logged_samples]
         ]
-        scale = self.trainer.score_scale or 1.0
-        means["eval/objective"] = means["eval/score"] * scale - args.credit.kl_coef * means["eval/kl_sequence"]
+        if (scale := self.trainer.score_scale) is not None:
+            means["eval/objective"] = means["eval/score"] * scale - args.credit.kl_coef * means["eval/kl_sequence"]
         return means
 
     @torch.no_grad()
