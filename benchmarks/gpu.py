@@ -5,8 +5,8 @@
 Models have random weights. The large one has the shape of Llama 3.2 1B (hidden 2048, 16 layers, 32 heads over 8
 key-value heads) and a vocabulary of 32,768. What is compared takes turns in one process; numbers are medians of seconds
 on the clock with the device waited for, and of the peak of allocated device memory. With `--write` the report goes to
-`benchmarks/results/gpu-DATE.md`. `--quick` runs everything on tiny models, to see that it runs. Where the
-history of the checkout does not say, `--commit` names the commit.
+`benchmarks/results/gpu-DATE.md`. `--quick` runs everything on tiny models, to see that it runs. Where the history of
+the checkout does not say which commit is measured, `--commit` does.
 """
 
 import argparse
@@ -260,12 +260,12 @@ def updates(quick: bool) -> Iterator[str]:
     taken = {name: [log for at, log in enumerate(watch.logs) if turn_of(at) == name][1:] for name in METHODS}
     yield from ("## A PPO update", "")
     gap = max(log["policy/sampler_gap"] for logs in taken.values() for log in logs)
+    budget, parameters = trainer.args.ppo.micro_batch_tokens, size_of(trainer.policy.module)
     yield f"{size[0]} prompts of {size[1]} tokens, {size[2]} new ones each, one epoch, bf16 autocast, micro-batches of"
-    yield f"{trainer.args.ppo.micro_batch_tokens:,} tokens. A Llama of {size_of(trainer.policy.module)} parameters in"
-    yield "each role: policy and critic in float32 with AdamW, reference and reward model in bfloat16. Seconds, medians"
-    yield f"of {turns} updates of each method, in turns, after one to warm up. Ratios are to token PPO in the same turn;"
-    yield "peaks are of all that is allocated, models included. Largest difference between the log-probabilities of"
-    yield f"sampling and of training: {gap:.2g} nats."
+    yield f"{budget:,} tokens. Models of {parameters} parameters in the four roles: policy and critic in float32 with"
+    yield f"AdamW, reference and reward model in bfloat16. Seconds, medians of {turns} updates of each method, in turns,"
+    yield "after one to warm up; ratios are to token PPO in the same turn. Peaks are of all that is allocated, models"
+    yield f"included. Largest difference between the log-probabilities of sampling and of training: {gap:.2g} nats."
     yield ""
     phases = ("generate", "score", "credit", "update")
     lines = []
