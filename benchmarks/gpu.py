@@ -264,8 +264,8 @@ def updates(quick: bool) -> Iterator[str]:
     yield f"{size[0]} prompts of {size[1]} tokens, {size[2]} new ones each, one epoch, bf16 autocast, micro-batches of"
     yield f"{budget:,} tokens. Models of {parameters} parameters in the four roles: policy and critic in float32 with"
     yield f"AdamW, reference and reward model in bfloat16. Seconds, medians of {turns} updates of each method, in"
-    yield "turns, after one to warm up; ratios are to token PPO in the same turn. Peaks are of all that is allocated, models"
-    yield f"included. Largest difference between log-probabilities of sampling and of training: {gap:.2g} nats."
+    yield "turns, after one to warm up; ratios are to token PPO in the same turn. Peaks are of all that is allocated,"
+    yield f"models included. Largest difference between log-probabilities of sampling and of training: {gap:.2g} nats."
     yield ""
     phases = ("generate", "score", "credit", "update")
     lines = []
