@@ -114,6 +114,15 @@ REFUSED = {
     "no padding token": (f"{PPO} --model TASK/no_padding", "no padding token", "set one"),
     "two labels": (f"{PPO} --reward_model TASK/two_labels", "2 labels", "with one"),
     "two labels of the critic": (f"{PPO} --value_model TASK/two_labels", "2 labels", "with one"),
+    "classifier for a policy": (f"{PPO} --model TASK/two_labels", "ForSequenceClassification", "give a causal lang"),
+    "classifier for a reference": (
+        f"{PPO} --ref_model TASK/two_labels",
+        "writes no text",
+        "give a causal language model",
+    ),
+    "infinite learning rate": (f"{PPO} --learning_rate .inf", "learning_rate is inf", "choose a positive number"),
+    "decay of 1.5": (f"{PPO} --adam_beta1 1.5", "adam_beta1 is 1.5", "choose a number in [0, 1)"),
+    "folder for data": (f"{PPO} --data.path TASK", "is a folder", "name a file in it"),
     "reward model without a head": (f"{PPO} --reward_model STORIES", "stories", "give a reward model"),
     "reference of another vocabulary": (
         f"{PPO} --ref_model TASK/other_vocabulary",

@@ -244,7 +244,8 @@ def _section(config: str, command: str) -> str:
         raise ValueError(f"{config} holds no settings; write them as `name: value`")
     if content.keys() & COMMANDS.keys() and not content.keys() - COMMANDS.keys() - NOTES:
         if command not in content:
-            raise ValueError(f"{config} has no section {command!r}; it has {', '.join(content)}")
+            sections = ", ".join(key for key in content if key not in NOTES)
+            raise ValueError(f"{config} has no section {command!r}; it has {sections}")
         content = content[command] or {}
     return yaml.safe_dump(content, sort_keys=False)
 

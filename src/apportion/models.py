@@ -32,10 +32,24 @@ def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If its weights would have to be unpickled.
+        ValueError: If its weights would have to be unpickled, or it is a classifier.
     """
     refuse_pickles(path)
+    check_policy(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+
+
+def check_policy(path: str) -> None:
+    """Refuse, without loading weights, a model that writes no text: transformers would give it a random head for that.
+
+    Raises:
+        ValueError: If it was saved as a classifier.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        return  # adapters, whose base is a causal language model
+    architectures: list[str] = AutoConfig.from_pretrained(path).architectures or []
+    if any("Classification" in name for name in architectures):
+        raise ValueError(f"{path} was saved as {architectures[0]}, which writes no text; give a causal language model")
 
 
 def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +73,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, *, jobs: int, threads: int
             f"[bold]{stage.name}[/]{done} apportion {shlex.join(stage.argv)}", highlight=False, soft_wrap=True
         )
     running: dict[str, tuple[Stage, subprocess.Popen]] = {}
-    with _bars(waiting, console) as show:
+    with _bars(waiting, console) as show, _terminable():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -86,6 +88,19 @@ def run_stages(stages: Sequence[Stage], folder: Path, *, jobs: int, threads: int
         finally:
             for _, process in running.values():
                 process.terminate()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Leave by an exception when terminated, so that no command runs on alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(stage: Stage, folder: Path, threads: int) -> subprocess.Popen:

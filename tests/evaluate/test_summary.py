@@ -11,16 +11,15 @@ from recorded_runs import write_run
 
 def test_parity_is_counted_in_updates_samples_and_seconds(tmp_path: Path) -> None:
     """ma-rlhf.md section 4 row 20 and abc.md section 10 row 12: speed, apart from final quality."""
-    # Evaluated at 0, 2, ... 8. The baseline's score is the step: averaged over three it ends at (6 + 8) / 2 = 7. The
-    # other is three times as high: smoothed it is 3, 6, 12, 18, 21 at 0, 2, 4, 6, 8, so 7 is reached a sixth of the
-    # way from 2 to 4: after 2.333 updates of 4 samples and 3 seconds each.
+    # Evaluated at 0, 2, ... 8. The baseline's score is the step, so it ends at 8. The other is three times as high: it
+    # reaches 8 a third of the way from 2 to 4, after 2.667 updates of 4 samples and 3 seconds each.
     baseline = write_run(tmp_path / "token")
     fast = write_run(tmp_path / "macro", method="macro", score=lambda step: 3.0 * step, pace=3.0)
     result = read_comparison([baseline, fast])
-    assert (result.level, result.window) == (7.0, 3)
-    assert result.rows[1]["updates to parity"].value == pytest.approx(7 / 3)
-    assert result.rows[1]["samples to parity"].value == pytest.approx(28 / 3)
-    assert result.rows[1]["seconds to parity"].value == pytest.approx(7.0)
+    assert (result.level, result.window) == (8.0, 1)
+    assert result.rows[1]["updates to parity"].value == pytest.approx(8 / 3)
+    assert result.rows[1]["samples to parity"].value == pytest.approx(32 / 3)
+    assert result.rows[1]["seconds to parity"].value == pytest.approx(8.0)
     assert result.rows[1]["seconds an update"] == Estimate(value=3.0)
 
 
@@ -102,6 +101,6 @@ def test_no_run_and_runs_without_a_score_are_refused(tmp_path: Path) -> None:
         read_comparison([run])
 
 
-@pytest.mark.parametrize(("points", "window"), [(2, 3), (13, 3), (60, 7), (100, 11)])
-def test_a_tenth_of_the_curve_is_averaged_and_three_points_at_least(points: int, window: int) -> None:
+@pytest.mark.parametrize(("points", "window"), [(2, 1), (13, 1), (20, 3), (60, 7), (100, 11)])
+def test_a_tenth_of_the_curve_is_averaged_and_a_short_one_left_as_it_is(points: int, window: int) -> None:
     assert smoothing_window(points) == window

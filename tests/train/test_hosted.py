@@ -7,9 +7,11 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from apportion.train.arguments import to_yaml
 from apportion.train.hosted import (
     HostedRecipe,
     accepted_format,
+    check_rows,
     configuration,
     load_tokenizer,
     prepared_folder,
@@ -23,9 +25,10 @@ def recipe(**changes: Any) -> HostedRecipe:
 
 def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not empty; give another, or resume"):
+    with pytest.raises(ValueError, match=r"is not empty; resume it"):
         prepared_folder(recipe(output_dir=str(tmp_path)))
-    assert prepared_folder(recipe(output_dir=str(tmp_path), resume=True)) is None
+    with pytest.raises(ValueError, match=r"holds no config.yaml: not a run folder"):
+        prepared_folder(recipe(output_dir=str(tmp_path), resume=True))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -36,6 +39,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_is_found_and_one_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe()))
     for step in (5, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-20" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
@@ -43,6 +47,31 @@ def test_the_newest_checkpoint_is_found_and_one_without_safetensors_is_refused(t
         prepared_folder(recipe(output_dir=str(tmp_path), resume=True))
     (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"")
     assert prepared_folder(recipe(output_dir=str(tmp_path), resume=True)) == str(tmp_path / "checkpoint-20")
+
+
+def test_a_folder_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe(learning_rate=0.5)))
+    with pytest.raises(ValueError, match=r"another configuration: learning_rate is 0.5 there and 2e-05 here"):
+        prepared_folder(recipe(output_dir=str(tmp_path), resume=True))
+
+
+ROWS = {
+    "missing text": (
+        [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}],
+        "row 1 has no 'completi",
+    ),
+    "chat": (
+        [{"messages": [{"role": "user", "content": "a"}]}],
+        "messages hold chat messages, but the tokenizer has no",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_trl_would_fail_on_are_refused(case: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows, message = ROWS[case]
+    with pytest.raises(ValueError, match=message):
+        check_rows(Dataset.from_list(rows), [*rows[0]], tokenizer)
 
 
 def test_a_tokenizer_without_padding_is_refused_until_a_token_is_named(

@@ -23,7 +23,7 @@ def run(line: str, task: Path) -> str:
 
 def test_a_run_tells_where_it_lies_and_its_folder_is_complete(task: Path, here: Path) -> None:
     assert run(f"{RUN} {HELD} --output_dir run", task) == "policy: run/model, metrics: run/metrics.jsonl\n"
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"} == {
+    assert {".lock", "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"} == {
         p.name for p in Path("run").iterdir()
     }
     assert [record["step"] for record in metrics_but_times(here / "run")] == [0, 1, 2]

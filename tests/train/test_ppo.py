@@ -19,6 +19,7 @@ from apportion import (
     Attention,
     CreditConfig,
     EveryToken,
+    FixedNgram,
     PPOArguments,
     PPOConfig,
     PrefixDifference,
@@ -123,6 +124,7 @@ CREDIT_OPTIONS: dict[str, Any] = {
     "kl_coef": 0.5,
     "score_clamp": 0.01,
     "last_token_apart": True,
+    "value_smoothing": FixedNgram(n=4),
     "whiten_advantages": True,
 }
 SAMPLING_OPTIONS: dict[str, Any] = {

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,41 @@ def test_nothing_in_a_run_folder_is_a_pickle(tmp_path: Path) -> None:
     run = Run.open(tmp_path, CONFIG)
     run.log(0, {"x": 1})
     saved(run, 0)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]  # the lock is empty
     assert {path.suffix for path in files} == {".yaml", ".jsonl", ".json", ".safetensors"}
     assert json.loads((tmp_path / "checkpoints" / "step-000000" / "state.json").read_text()) == {"step": 0}
+
+
+def test_a_run_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    text = (
+        f"from apportion.train.run import Run; run = Run.open({str(folder)!r}, {CONFIG!r}); print('open', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{text}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="another process writes into"):
+            Run.open(folder, CONFIG, resume=True)
+        other.kill()
+    Run.open(folder, CONFIG, resume=True)
+
+
+def test_a_folder_is_written_whole_and_replaces_one_of_its_name(tmp_path: Path) -> None:
+    def write(folder: str, text: str) -> None:
+        (Path(folder) / "weights").write_text(text)
+
+    run = Run.open(tmp_path, CONFIG)
+    for content in ("one", "two"):
+        run.write_folder("model", partial(write, text=content))
+        assert [path.name for path in tmp_path.glob("*model*")] == ["model"]
+        assert (tmp_path / "model" / "weights").read_text() == content
+
+    def fails(folder: str) -> None:
+        write(folder, "half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.write_folder("model", fails)
+    assert (tmp_path / "model" / "weights").read_text() == "two"

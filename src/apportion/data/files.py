@@ -196,6 +196,8 @@ def _kind(path: Path) -> str:
 
 def _read_file(path: Path, split: str) -> Dataset:
     path = path.expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f"data file {path} is a folder; name a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     if _kind(path) not in READERS:

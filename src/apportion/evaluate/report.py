@@ -140,12 +140,13 @@ def _count(result: Comparison) -> str:
 
 def _reading(result: Comparison) -> str:
     source = "held-out prompts" if result.score == "eval/score" else "the prompts of training"
+    smoothing = f", averaged over {result.window} neighbouring records," if result.window > 1 else ""
     lines = [
         f"- Numbers are interquartile means over seeds (of fewer than four, the mean). Brackets hold {CONFIDENCE:.0%} "
         f"bootstrap intervals over seeds ({RESAMPLES:,} resamples); a single seed has none.",
         f"- The score is `{result.score}`, on {source}: start and end are its first and its last record.",
-        f"- Parity: the first time the score, averaged over {result.window} neighbouring records, reaches the final "
-        f"level of {result.methods[0].label}, {number(result.level)}; between records on a straight line. "
+        f"- Parity: the first time the score{smoothing} reaches the final level of {result.methods[0].label}, "
+        f"{number(result.level)}; between records on a straight line. "
         "`never`: not within the run. The interval draws the seeds of both anew.",
         "- Seconds are training time without evaluation, samples are responses, KL is in nats, summed over a response.",
     ]

@@ -108,8 +108,8 @@ def comparison(methods: Sequence[Method]) -> Comparison:
 
 
 def smoothing_window(points: int) -> int:
-    """Return the steps averaged for a curve of so many points: a tenth of them, odd, at least 3."""
-    return max(3, points // 10 // 2 * 2 + 1)
+    """Return the steps averaged for a curve of so many points: a tenth of them, odd; a short curve is left as it is."""
+    return points // 10 // 2 * 2 + 1
 
 
 def _first_shared(methods: Sequence[Method], names: Iterable[str], least: int = 1) -> str | None:

@@ -1,6 +1,7 @@
 """The settings of a PPO run."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -101,14 +102,23 @@ class PPOArguments:
         for name in ("eval_steps", "save_steps", "warmup_steps", "num_logged_samples", "weight_decay"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} is {value}; choose at least 0")
+        self._check_optimizer()
+        self._check_together()
+
+    def _check_optimizer(self) -> None:
+        """Refuse what no optimizer or schedule can use."""
         for name in ("learning_rate", "critic_learning_rate"):
-            if not (value := getattr(self, name)) > 0:
+            if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} is {value}; choose a positive number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; choose a number in [0, 1)")
+        if self.missing_eos_penalty is not None and not isfinite(self.missing_eos_penalty):
+            raise ValueError(f"missing_eos_penalty is {self.missing_eos_penalty}; choose a number, or None for none")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; choose a number in [0, 1)")
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose one of {', '.join(SCHEDULES)}")
-        self._check_together()
 
     def _check_together(self) -> None:
         """Refuse settings that do not fit each other."""

@@ -21,9 +21,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from apportion.data.files import Files, Source
+from apportion.train.arguments import to_yaml
 from apportion.train.launch import check_model
 from apportion.train.learner import tokenizer_of
-from apportion.train.run import check_place
+from apportion.train.run import CONFIG, check_run_folder, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,9 @@ class HostedRecipe:
         for name in ("eval_steps", "save_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 for never, or a number of steps")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; give a part of the steps in [0, 1)")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
+        self._check_optimizer()
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; give at least 1, or None for no limit")
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise ValueError(
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}; give one above 0"
@@ -118,6 +118,16 @@ class HostedRecipe:
             raise ValueError(
                 f"extra holds {', '.join(taken)}, which are settings of their own; give them outside of extra"
             )
+
+    def _check_optimizer(self) -> None:
+        """Refuse what no optimizer or schedule can use."""
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; give a part of the steps in [0, 1)")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number in [0, 1)")
 
     def arguments(self, *, evaluate: bool) -> dict[str, Any]:
         """Translate the settings into the arguments of TRL's configurations.
@@ -184,15 +194,13 @@ def prepared_folder(recipe: HostedRecipe) -> str | None:
         A checkpoint, or None to start.
 
     Raises:
-        ValueError: If the folder is not empty and `resume` is off, cannot be written, or its checkpoint holds weights
-            that are not safetensors.
+        ValueError: If the folder is not empty and `resume` is off, was made by another configuration, cannot be
+            written, or its checkpoint holds weights that are not safetensors.
     """
     folder = Path(recipe.output_dir)
-    check_place(folder)
+    check_run_folder(folder, to_yaml(recipe), resume=recipe.resume)
     if not folder.is_dir():
         return None  # made when there is something to write
-    if any(folder.iterdir()) and not recipe.resume:
-        raise ValueError(f"output_dir {folder} is not empty; give another, or resume what it holds (--resume true)")
     checkpoint = get_last_checkpoint(folder) if recipe.resume else None
     if checkpoint and not list(Path(checkpoint).glob("*.safetensors")):
         raise ValueError(f"checkpoint {checkpoint} holds no safetensors weights; others are not loaded")
@@ -217,11 +225,12 @@ def load_tokenizer(recipe: HostedRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> dict[str, float]:
-    """Run one of TRL's trainers, save the model with its tokenizer, and write metrics.jsonl and metrics.json.
+def train(trainer: Any, recipe: HostedRecipe, checkpoint: str | None, held_out: Mapping[str, Any]) -> dict[str, float]:
+    """Run one of TRL's trainers, save the model with its tokenizer, config.yaml, metrics.jsonl and metrics.json.
 
     Args:
         trainer: Ready to train.
+        recipe: The settings, which config.yaml keeps.
         checkpoint: Where to go on, or None.
         held_out: Further numbers for metrics.json.
 
@@ -231,6 +240,10 @@ def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> 
     Raises:
         ValueError: If a checkpoint holds anything but tensors and plain containers.
     """
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, to_yaml(recipe))
     trainer.remove_callback(PrinterCallback)  # it would print the lines of metrics.jsonl
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -242,7 +255,7 @@ def train(trainer: Any, checkpoint: str | None, held_out: Mapping[str, Any]) -> 
     trainer.save_model()
     metrics = {**result, **evaluation, **held_out}
     if trainer.is_world_process_zero():
-        folder, lines = Path(trainer.args.output_dir), map(json.dumps, trainer.state.log_history)
+        lines = map(json.dumps, trainer.state.log_history)
         (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
@@ -259,6 +272,26 @@ def accepted_format(rows: Dataset, formats: Sequence[tuple[str, ...]]) -> tuple[
             return columns
     wanted = ", or ".join(" and ".join(map(repr, columns)) for columns in formats)
     raise ValueError(f"the data need the columns {wanted}; they have {', '.join(rows.column_names)}")
+
+
+def check_rows(rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that TRL would fail on, after it has begun.
+
+    Args:
+        rows: At least one.
+        columns: Those that are read.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: If a value is missing; with its row. If rows are chat messages and the tokenizer has no template.
+    """
+    for name in columns:
+        if rows.data.column(name).null_count and None in (values := rows[name][:]):
+            raise ValueError(f"row {values.index(None)} has no {name!r}; fill it in, or drop the row")
+    if any(isinstance(rows[0][name], list) for name in columns) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{' and '.join(columns)} hold chat messages, but the tokenizer has no chat template; give text, or set one"
+        )
 
 
 @contextmanager

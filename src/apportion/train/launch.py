@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from apportion.data.files import Files, Source
 from apportion.data.imdb import ImdbPairs, ImdbReviews
-from apportion.models import check_reward_model, refuse_pickles
+from apportion.models import check_policy, check_reward_model, refuse_pickles
 from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.learner import tokenizer_of
 from apportion.train.run import check_run_folder
@@ -99,6 +99,8 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
     for path in (recipe.model, recipe.reward_model, recipe.ref_model, recipe.value_model):
         if path is not None:
             check_model(path)
+    for path in filter(None, (recipe.model, recipe.ref_model)):
+        check_policy(path)
     if recipe.reward_model is not None:
         check_reward_model(recipe.reward_model)
     reward = recipe.reward_model if recipe.reward_function is None else named(recipe.reward_function)

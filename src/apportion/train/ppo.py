@@ -379,7 +379,7 @@ class PPOTrainer:
         """Write the last checkpoint and the trained policy."""
         self._save()
         if self.run is not None:
-            self.save_model(str(self.run.folder / "model"))
+            self.run.write_folder("model", self.save_model)
         if self.args.log_with:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()

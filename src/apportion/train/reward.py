@@ -8,9 +8,11 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from apportion.models import is_scorer
 from apportion.train.hosted import (
     HostedRecipe,
     accepted_format,
+    check_rows,
     configuration,
     load_tokenizer,
     prepared_folder,
@@ -57,10 +59,11 @@ def reward(recipe: RewardRecipe) -> Path:
         ValueError: For anything in the recipe that does not fit together.
     """
     tokenizer = load_tokenizer(recipe)
+    is_scorer(recipe.model)  # refuses one of several labels
     checkpoint = prepared_folder(recipe)
     with quiet_bars():
         trainer, pairs = reward_trainer(recipe, tokenizer)
-        train(trainer, checkpoint, {"pairs_dropped": pairs - len(trainer.train_dataset)})
+        train(trainer, recipe, checkpoint, {"pairs_dropped": pairs - len(trainer.train_dataset)})
     return Path(recipe.output_dir)
 
 
@@ -99,6 +102,7 @@ def reward_trainer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase) -> 
 def _prepared(rows: Dataset, recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Keep what TRL is to read, and tokenize here what it would end with the end token."""
     columns = accepted_format(rows, FORMATS)
+    check_rows(rows, columns, tokenizer)
     rows = rows.select_columns([*columns, *(name for name in OPTIONAL if name in rows.column_names)])
     if recipe.append_eos or not isinstance(rows[0]["chosen"], str):
         return rows

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
 STATE = "state.json"
-TEMPORARY = ".tmp-"
+TEMPORARY, LOCK = ".tmp-", ".lock"
 # They say where a run writes and how it was started, not what it computes.
 PLACE_KEYS = frozenset({"output_dir", "resume"})
 
@@ -58,9 +59,9 @@ class Checkpoint:
 class Run:
     """A run folder open for writing; `Run.open` makes one."""
 
-    def __init__(self, folder: Path, *, keep_checkpoints: int) -> None:
-        """Hold a folder that `open` has checked."""
-        self.folder = folder
+    def __init__(self, folder: Path, lock: FileLock, *, keep_checkpoints: int) -> None:
+        """Hold a folder that `open` has checked, and its lock as long as this is there."""
+        self.folder, self.lock = folder, lock
         self.keep_checkpoints = keep_checkpoints
         self._last_step = -1
 
@@ -76,8 +77,8 @@ class Run:
             keep_checkpoints: Newest checkpoints kept, at least 1.
 
         Raises:
-            ValueError: If the folder cannot be written; is not empty and `resume` is off; is not a run folder; or was
-                made with another configuration (`output_dir` and `resume` aside).
+            ValueError: If the folder cannot be written; is being written by another process; is not empty and `resume`
+                is off; is not a run folder; or was made with another configuration (`output_dir` and `resume` aside).
         """
         folder = Path(folder)
         if keep_checkpoints < 1:
@@ -85,14 +86,15 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _check_contents(folder, config, resume=resume)
+            lock = _locked(folder)
             (folder / CHECKPOINTS).mkdir(exist_ok=True)
             _remove_temporary(folder)
             _remove_temporary(folder / CHECKPOINTS)
             if not (folder / CONFIG).exists():
-                _write_atomically(folder / CONFIG, config)
+                write_atomically(folder / CONFIG, config)
         except OSError as error:
             raise ValueError(f"run folder {folder} cannot be written ({error.strerror}); choose another") from error
-        run = cls(folder, keep_checkpoints=keep_checkpoints)
+        run = cls(folder, lock, keep_checkpoints=keep_checkpoints)
         run._last_step = max((int(record["step"]) for record in read_records(folder / METRICS)), default=-1)
         return run
 
@@ -173,6 +175,23 @@ class Run:
             # Renamed first: whatever is called step-* is whole, also while this removes it.
             shutil.rmtree(old.path.rename(old.path.with_name(TEMPORARY + old.path.name)))
         return Checkpoint(step=step, path=target)
+
+    def write_folder(self, name: str, write: Callable[[str], None]) -> None:
+        """Write a folder such as model/ that is either complete or not there; one of that name is replaced.
+
+        Args:
+            name: Its name in the run folder.
+            write: Called with a temporary folder.
+        """
+        target = self.folder / name
+        temporary = target.with_name(TEMPORARY + name)
+        temporary.mkdir()
+        write(str(temporary))
+        _sync_tree(temporary)
+        if target.exists():
+            shutil.rmtree(target.rename(self.folder / f"{TEMPORARY}old-{name}"))
+        temporary.rename(target)
+        _sync(self.folder)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """Return the newest checkpoint, None if there is none."""
@@ -260,11 +279,21 @@ def read_settings(config: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in PLACE_KEYS}
 
 
+def _locked(folder: Path) -> FileLock:
+    """Keep other processes out of a run folder; the system lets go of it when this process ends, however it ends."""
+    lock = FileLock(folder / LOCK, is_singleton=True)  # a process may open its own run again
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process writes into {folder}; wait for it, stop it, or choose another") from error
+    return lock
+
+
 def _check_contents(folder: Path, config: str, *, resume: bool) -> None:
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     # A run killed before its configuration was written leaves no more than these.
-    beginnings = {f"{TEMPORARY}{CONFIG}", *([] if checkpoints(folder) else [CHECKPOINTS])}
+    beginnings = {LOCK, f"{TEMPORARY}{CONFIG}", *([] if checkpoints(folder) else [CHECKPOINTS])}
     contents = {path.name for path in folder.iterdir()} - beginnings
     if not contents:
         return
@@ -336,7 +365,8 @@ def _truncate(path: Path, step: int) -> None:
         _sync(path)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)

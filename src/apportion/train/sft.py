@@ -7,9 +7,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from apportion.models import check_policy
 from apportion.train.hosted import (
     HostedRecipe,
     accepted_format,
+    check_rows,
     configuration,
     load_tokenizer,
     prepared_folder,
@@ -48,9 +50,10 @@ def sft(recipe: SFTRecipe) -> Path:
         ValueError: For anything in the recipe that does not fit together.
     """
     tokenizer = load_tokenizer(recipe)
+    check_policy(recipe.model)
     checkpoint = prepared_folder(recipe)
     with quiet_bars():
-        train(sft_trainer(recipe, tokenizer), checkpoint, {})
+        train(sft_trainer(recipe, tokenizer), recipe, checkpoint, {})
     return Path(recipe.output_dir)
 
 
@@ -70,6 +73,8 @@ def sft_trainer(recipe: SFTRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """
     data = recipe.data(tokenizer)
     columns = accepted_format(data["train"], FORMATS)
+    for split in data.values():
+        check_rows(split, columns, tokenizer)
     rows = {name: _select(split, columns) for name, split in data.items()}
     # Seconds of import: only where it is needed.
     from trl.trainer.sft_config import SFTConfig

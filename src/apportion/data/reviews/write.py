@@ -141,5 +141,8 @@ def write_reviews(folder: str | Path, config: ReviewsData | None = None) -> Path
 
 
 def _write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    """Write rows under another name first: a file of this name is whole."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+    temporary.replace(path)
