@@ -14,7 +14,8 @@ from apportion.credit.termination import FixedNgram
 from apportion.models import Critic, Policy
 from apportion.rollout import complete, sample
 from apportion.sampling import Sampling
-from apportion.update.ppo import Learner, PPOConfig, update
+from apportion.update.config import PPOConfig
+from apportion.update.ppo import Learner, update
 from families import EOS, PAD, causal, classifier, prompts_of
 
 PROMPTS = ([5, 6, 7, 8], [20, 21], [30], [9, 10, 11], [12, 13], [33, 34, 35, 36, 37])

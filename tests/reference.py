@@ -265,3 +265,158 @@ def value_loss(
             clipped = min(max(v, old - cliprange_value), old + cliprange_value)
             losses.append(max((v - target) ** 2, (clipped - target) ** 2))
     return 0.5 * math.fsum(losses) / max(len(losses), 1)
+
+
+# Estimators without a critic, and lambda between boundaries: related.md sections 2 to 4. A batch is a list of rows.
+
+
+def boundary_gae(
+    rewards: list[float], values: list[float], ids: list[int], *, gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    """GAE over tokens with lambda 1 but on the tokens that close an action."""
+    lams = [lam if t + 1 == len(ids) or ids[t + 1] != ids[t] else 1.0 for t in range(len(ids))]
+    return gae(rewards, values, [gamma] * len(ids), lams)
+
+
+def group_advantages(name: str, totals: list[float | None], g: int) -> list[float]:
+    """Compare each response with its group; None stands for one that has no tokens, and does not count."""
+    advantages = []
+    for i, total in enumerate(totals):
+        group = [x for x in totals[i - i % g : i - i % g + g] if x is not None]
+        if total is None or len(group) < 2:
+            advantages.append(0.0)
+            continue
+        mean = math.fsum(group) / len(group)
+        if name == "rloo":
+            others = (math.fsum(group) - total) / (len(group) - 1)
+            advantages.append(total - others)
+        elif name == "grpo":
+            std = math.sqrt(math.fsum((x - mean) ** 2 for x in group) / (len(group) - 1))
+            advantages.append((total - mean) / (std + 1e-6))
+        else:
+            advantages.append(total - mean)
+    return advantages
+
+
+def reward_to_go(rewards: list[float], ids: list[int], gamma: float, *, per: str) -> list[float]:
+    """What is still earned from each token's action on, discounted by actions or by tokens, from the action's start."""
+    firsts = [ids.index(k) for k in ids]
+    clock = ids if per == "action" else list(range(len(ids)))
+    return [
+        math.fsum(gamma ** (clock[s] - clock[first]) * rewards[s] for s in range(first, len(ids))) for first in firsts
+    ]
+
+
+def token_weights(shares: list[float], beta: float, ids: list[int]) -> list[float]:
+    """Weights of mean 1 from shares that are not negative, averaged over actions; 1 where only the end has a share."""
+    n = len(ids)
+    if not any(shares[:-1]):
+        return [1.0] * n
+    spread = [(1 - beta) + beta * n * share / math.fsum(shares) for share in shares]
+    means = {k: math.fsum(w for w, j in zip(spread, ids, strict=True) if j == k) / ids.count(k) for k in set(ids)}
+    return [means[k] for k in ids]
+
+
+# Losses with any pooling, clipping and aggregation, with their gradients; and those of three papers on their own.
+
+Losses = tuple[float, list[list[float]]]
+
+
+def policy_loss_and_gradient(
+    logprobs: list[list[float]],
+    old_logprobs: list[list[float]],
+    advantages: list[list[float]],
+    ids: list[list[int]],
+    *,
+    ratio: str,
+    clip: str,
+    low: float,
+    high: float,
+    aggregation: str,
+    longest: int,
+) -> Losses:
+    """Every token carries the loss of its step, at a weight; the gradient is written out by hand."""
+    total, gradients = 0.0, []
+    for new, old, gains, actions in zip(logprobs, old_logprobs, advantages, ids, strict=True):
+        gradient = [0.0] * len(new)
+        steps = [[t] for t in range(len(new))]
+        if ratio != "token":
+            steps = [[t for t in range(len(new)) if actions[t] == k] for k in sorted(set(actions))]
+        for step in steps:
+            gain = gains[step[0]]
+            pool = len(step) if ratio == "macro_mean" else 1
+            free, moves = [new[t] - old[t] for t in step], [1.0] * len(step)
+            if clip == "token":
+                moves = [float(not ((gain > 0 and x > high) or (gain < 0 and x < -low))) for x in free]
+                free = [min(x, high) if gain > 0 else max(x, -low) if gain < 0 else x for x in free]
+            r = math.exp(math.fsum(free) / pool)
+            loss, slope = -gain * r, -gain * r / pool
+            if clip == "pooled":
+                clipped = min(max(r, 1 - low), 1 + high)
+                if -gain * clipped > loss:
+                    loss, slope = -gain * clipped, 0.0
+            weight = math.fsum(token_weight(aggregation, t, actions) for t in step)
+            total += weight * loss
+            for t, moves_on in zip(step, moves, strict=True):
+                gradient[t] = weight * slope * moves_on
+        gradients.append(gradient)
+    whole = {
+        "token_mean": sum(map(len, ids)),
+        "action_mean": sum(len(set(actions)) for actions in ids),
+        "sequence_mean": sum(bool(actions) for actions in ids),
+        "constant": sum(bool(actions) for actions in ids) * longest,
+    }[aggregation]
+    return total / max(whole, 1), [[x / max(whole, 1) for x in row] for row in gradients]
+
+
+def token_weight(aggregation: str, t: int, actions: list[int]) -> float:
+    """What a token weighs in a row before the whole is divided."""
+    if aggregation == "action_mean":
+        return 1 / actions.count(actions[t])
+    return 1 / len(actions) if aggregation == "sequence_mean" else 1.0
+
+
+def ppo(new: list[list[float]], old: list[list[float]], gains: list[list[float]], *, epsilon: float) -> Losses:
+    """PPO, equation 7 of 1707.06347, as a mean over all tokens."""
+    tokens = sum(map(len, new))
+    total, gradients = 0.0, []
+    for row in range(len(new)):
+        gradient = []
+        for x, y, gain in zip(new[row], old[row], gains[row], strict=True):
+            r = math.exp(x - y)
+            surrogate = min(r * gain, max(1 - epsilon, min(1 + epsilon, r)) * gain)
+            total -= surrogate
+            gradient.append(-gain * r / tokens if surrogate == r * gain else 0.0)
+        gradients.append(gradient)
+    return total / tokens, gradients
+
+
+def gspo(new: list[list[float]], old: list[list[float]], gains: list[float], *, low: float, high: float) -> Losses:
+    """GSPO, equations 5 to 10 of 2507.18071: s_i = (pi / pi_old)^(1 / |y_i|), one advantage a response."""
+    total, gradients = 0.0, []
+    for x, y, gain in zip(new, old, gains, strict=True):
+        s = math.exp(sum(a - b for a, b in zip(x, y, strict=True)) / len(x))
+        surrogate = min(s * gain, max(1 - low, min(1 + high, s)) * gain)
+        total -= surrogate / len(new)
+        inside = surrogate == s * gain
+        gradients.append([-s * gain / len(x) / len(new) if inside else 0.0 for _ in x])
+    return total, gradients
+
+
+def gmpo(new: list[list[float]], old: list[list[float]], gains: list[float], *, low: float, high: float) -> Losses:
+    """GMPO, equation 4 of 2507.20673: the geometric mean of token ratios, each of them clipped by its own min.
+
+    Its prod_t min(r_t^sgn, clip(r_t, e^-low, e^high)^sgn)^sgn, to the power 1 / n, times the advantage.
+    """
+    total, gradients = 0.0, []
+    for x, y, gain in zip(new, old, gains, strict=True):
+        n, product, inside = len(x), 1.0, []
+        for a, b in zip(x, y, strict=True):
+            r = math.exp(a - b)
+            clipped = max(math.exp(-low), min(math.exp(high), r))
+            kept = min(r, clipped) if gain > 0 else max(r, clipped)
+            inside.append(kept == r)
+            product *= kept ** (1 / n)
+        total -= gain * product / len(new)
+        gradients.append([-gain * product / n / len(new) if moves else 0.0 for moves in inside])
+    return total, gradients

@@ -20,7 +20,7 @@ LAYERS = (
     *("credit", "update", "train", "evaluate", "recipes", "stages", "quickstart", "control", "cli", "__main__"),
 )
 # Tensors and numbers in, tensors out: no model, no device, no file.
-PURE = ("masked", "batch", "credit", "update.losses")
+PURE = ("masked", "batch", "credit", "update.aggregation", "update.losses")
 PURE_LIBRARIES = {"torch", "jaxtyping"}
 # Calls that make a GPU wait for the host.
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy"}

@@ -84,7 +84,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def learned(made: PPOTrainer) -> list[Tensor]:
     """Everything that learns, policy first."""
-    return [p.detach() for learner in (made.policy, made.critic) for p in learner.module.parameters()]
+    return [p.detach() for learner in made.state.learners.values() for p in learner.module.parameters()]
 
 
 def left_behind(folder: Path, made: PPOTrainer) -> dict[str, Any]:

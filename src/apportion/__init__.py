@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from apportion.batch import Credit, Rollout, Scores
-    from apportion.credit.advantages import GAE, gae
+    from apportion.credit.advantages import GAE, AdvantageEstimator, gae
     from apportion.credit.assign import CreditConfig, assign_credit
+    from apportion.credit.groups import GRPO, RLOO, DrGRPO
     from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
     from apportion.credit.redistribution import (
         Attention,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         Terminal,
         Uniform,
     )
+    from apportion.credit.reinforce import ReinforcePlusPlus
     from apportion.credit.rewards import token_level_rewards
     from apportion.credit.termination import (
         EveryToken,
@@ -35,18 +37,23 @@ if TYPE_CHECKING:
         TerminationCondition,
         WholeResponse,
     )
+    from apportion.credit.token_weights import token_weights
     from apportion.masked import masked_mean, masked_var, masked_whiten
     from apportion.sampling import Sampling
     from apportion.train.arguments import PPOArguments
     from apportion.train.ppo import PPOTrainer
+    from apportion.update.config import PPOConfig
     from apportion.update.losses import importance_ratio, policy_loss, value_loss
-    from apportion.update.ppo import PPOConfig
 
 __all__ = [
     "GAE",
+    "GRPO",
+    "RLOO",
+    "AdvantageEstimator",
     "Attention",
     "Credit",
     "CreditConfig",
+    "DrGRPO",
     "EveryToken",
     "FixedNgram",
     "PPOArguments",
@@ -56,6 +63,7 @@ __all__ = [
     "PrefixDifference",
     "RandomizedNgram",
     "Redistribution",
+    "ReinforcePlusPlus",
     "Rollout",
     "Sampling",
     "Scores",
@@ -78,6 +86,7 @@ __all__ = [
     "sum_over_actions",
     "to_tokens",
     "token_level_rewards",
+    "token_weights",
     "value_loss",
 ]
 
@@ -87,12 +96,16 @@ _HOMES = (
     "batch",
     "credit.macro_actions",
     "credit.advantages",
+    "credit.groups",
+    "credit.reinforce",
     "credit.redistribution",
     "credit.rewards",
     "credit.termination",
+    "credit.token_weights",
     "credit.assign",
     "update.losses",
     "sampling",
+    "update.config",
     "update.ppo",
     "train.arguments",
     "train.ppo",

@@ -42,8 +42,8 @@ class Rollout:
         old_logprobs: (B, T) float. Log-probability under the distribution that was sampled, in nats.
         ref_logprobs: (B, T) float. The same tokens under the reference model, at the same temperature and minimum
             length, but over its whole vocabulary: top-k and top-p do not apply to it.
-        values: (B, T) float. Critic before each token; with the critic's graph where the first pass of the update is
-            to learn from this very reading of it.
+        values: (B, T) float. Critic before each token, 0 where there is none; with the critic's graph where the first
+            pass of the update is to learn from this very reading of it.
 
     Raises:
         ValueError: If a mask is not bool or a shape does not fit the others.
@@ -122,11 +122,13 @@ class Credit:
     """Who earned the score: what the update needs, a number for each token.
 
     Attributes:
-        token_level_scores: (B, T) float32. The scores after redistribution.
+        token_level_scores: (B, T) float32. The scores after redistribution; at the end where an estimator adds them up
+            and the redistribution weighs the advantages instead.
         token_level_rewards: (B, T) float32. The same less the KL penalty.
         macro_ids: (B, T) int64. Macro action of each token, from 0; -1 outside the response.
-        advantages: (B, T) float32. Constant inside a macro action; 0 outside the response.
-        returns: (B, T) float32. Targets of the critic; 0 outside the response.
+        advantages: (B, T) float32. Constant inside a macro action, unless it is estimated between boundaries; 0
+            outside the response.
+        returns: (B, T) float32. Targets of the critic, or what is earned where there is none; 0 outside the response.
     """
 
     token_level_scores: Float[Tensor, "B T"]

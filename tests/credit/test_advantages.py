@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from apportion import GAE, gae
-from apportion.credit.advantages import suffix_sums
+from apportion import GAE, gae, to_tokens
+from apportion.credit.advantages import Earnings, suffix_sums
 from batches import mask_of_lengths, without_type_checks
 
 unit = st.sampled_from([0.0, 0.3, 0.95, 0.99, 1.0])
@@ -88,11 +88,14 @@ def test_the_inputs_are_left_alone_and_no_gradient_flows() -> None:
 
 def test_lam_per_token_is_lam_to_the_length_of_the_action() -> None:
     """ma-rlhf.md section 1.5: e_k = len_k is the control for macro actions being more than a larger lambda."""
-    rewards, values, lengths = torch.randn(1, 3), torch.randn(1, 3), torch.tensor([[2, 3, 1]])
-    found = GAE(gamma=0.9, lam=0.8, per="token")(rewards, values, lengths)
+    rewards, values, ids = torch.randn(1, 6), torch.randn(1, 3), torch.tensor([[0, 0, 1, 1, 1, 2]])
+    earned = Earnings(rewards=rewards, values=to_tokens(values, ids), ids=ids)
+    found = GAE(gamma=0.9, lam=0.8, per="token")(earned)
     powers = [[base**m for m in (2, 3, 1)] for base in (0.9, 0.8)]
-    wanted = reference.gae(rewards[0].tolist(), values[0].tolist(), *powers)
-    torch.testing.assert_close(torch.stack(found)[:, 0], torch.tensor(wanted))
+    r = rewards[0].tolist()
+    sums = [r[0] + 0.9 * r[1], r[2] + 0.9 * r[3] + 0.81 * r[4], r[5]]
+    wanted = torch.tensor(reference.gae(sums, values[0].tolist(), *powers))
+    torch.testing.assert_close(torch.stack(found)[:, 0], wanted[:, ids[0]])
 
 
 @pytest.mark.parametrize("name", ["gamma", "lam"])
@@ -107,7 +110,10 @@ def test_a_weight_outside_the_unit_interval_is_refused(name: str, number: float)
 
 
 def test_an_unknown_unit_of_time_is_refused() -> None:
-    with without_type_checks(), pytest.raises(ValueError, match="per is 'step'; choose 'action' or 'token'"):
+    with (
+        without_type_checks(),
+        pytest.raises(ValueError, match="per is 'step'; choose 'action', 'token' or 'boundary'"),
+    ):
         GAE(per="step")  # pyright: ignore
 
 

@@ -264,6 +264,7 @@ def reference_options(config: CreditConfig, dealt: list[int]) -> reference.Optio
         termination = ("perplexity", config.termination.variant)
     if isinstance(config.termination, RandomizedNgram):
         termination = ("lengths", dealt)
+    assert isinstance(config.advantage, GAE)
     return reference.Options(
         termination=termination,
         redistribution=(NAMES[type(config.redistribution)], *vars(config.redistribution).values()),

@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
             made(folder / name, name, stop=True).train()
         one = made(folder / name, name, resume=name == "stopped and resumed")
         one.train()
-        modules = {"policy": one.policy.module, "critic": one.critic.module}
+        modules = {role: learner.module for role, learner in one.state.learners.items()}
         parameters = {
             f"{role}.{key}": value.detach().clone()
             for role, module in modules.items()

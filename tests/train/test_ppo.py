@@ -251,7 +251,7 @@ def test_two_updates_draw_from_different_numbers(tmp_path: Path) -> None:
 def test_the_critic_reads_a_rollout_once_where_all_of_it_fits(ppo: PPOConfig, passes: int, tmp_path: Path) -> None:
     made = trainer(tmp_path, num_steps=1, batch_size=4, sampling=Sampling(max_new_tokens=12), ppo=ppo)
     seen: list[int] = []
-    made.critic.module.register_forward_hook(lambda *_: seen.append(1))
+    made.state.learners["critic"].module.register_forward_hook(lambda *_: seen.append(1))
     made.train()
     assert len(seen) == passes
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from apportion.batch import Credit, Rollout
 from apportion.sampling import Sampling
+from apportion.update.config import PPOConfig
 from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
-from apportion.update.ppo import PPOConfig
 from batches import without_type_checks
 from learners import Setting, setting, with_credit
 

@@ -1,13 +1,17 @@
 """From rewards and values to advantages and returns."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Per = Literal["action", "token"]
+from apportion.credit.macro_actions import Pooling, macro_lengths, offsets, pooling_weights, sum_over_actions, to_tokens
+from apportion.masked import ranks
+
+Per = Literal["action", "token", "boundary"]
 
 
 def suffix_sums(x: Float[Tensor, "B N"], decay: float | Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -88,25 +92,129 @@ def _check_unit_interval(name: str, number: float | Tensor) -> None:
         raise ValueError(f"{name} is {number}; choose a number in [0, 1]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Earnings:
+    """What was earned, token by token, and which tokens act together: all that an estimator reads.
+
+    Attributes:
+        rewards: (B, T) float32. Token-level rewards; 0 outside the response.
+        values: (B, T) float32. Critic before each token; 0 outside the response, and where there is no critic.
+        ids: (B, T) int64. Macro action of each token, -1 outside the response.
+        macro_value: How the values inside a macro action are pooled (`pooling_weights`).
+        macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value`.
+    """
+
+    rewards: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
+    ids: Int[Tensor, "B T"]
+    macro_value: Pooling = "equal"
+    macro_reward: Literal["sum", "mean"] = "sum"
+
+    def macro_rewards(self, inside: float = 1.0) -> Float[Tensor, "B M"]:
+        """Pool the rewards of each macro action.
+
+        Args:
+            inside: Discount of a token inside of its action.
+
+        Returns:
+            (B, M) float32. 0 where no such action exists.
+        """
+        weights = 1.0 if self.macro_reward == "sum" else pooling_weights(self.ids, self.macro_value)
+        if inside != 1.0:
+            weights = weights * torch.pow(inside, torch.where(self.ids >= 0, offsets(self.ids), 0).float())
+        return sum_over_actions(self.rewards * weights, self.ids)
+
+    def macro_values(self) -> Float[Tensor, "B M"]:
+        """(B, M) float32. The pooled values of each macro action; 0 where no such action exists."""
+        return sum_over_actions(pooling_weights(self.ids, self.macro_value) * self.values, self.ids)
+
+
 @dataclass(frozen=True)
-class GAE:
-    """Generalised advantage estimation over macro actions.
+class AdvantageEstimator(ABC):
+    """Turn rewards into advantages; derive from it to choose one by name on the command line."""
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether it reads values; without, no critic is loaded, trained or saved."""
+        return False
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Responses that are compared with each other; their rows are adjacent, and a batch holds whole groups."""
+        return 1
+
+    @property
+    def whitens(self) -> bool:
+        """Whether its advantages are to be whitened over the batch, whatever `whiten_advantages` says."""
+        return False
+
+    @property
+    def sums_rewards(self) -> bool:
+        """Whether it adds up the rewards of a response, so that a redistribution can only enter as a token weight."""
+        return False
+
+    @property
+    def varies_inside_actions(self) -> bool:
+        """Whether tokens of one macro action have different advantages, so that only a ratio of tokens fits."""
+        return False
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        """Settings of `CreditConfig` without an effect, which are refused where they are not left at the default."""
+        return frozenset()
+
+    def discounting(self, ids: Int[Tensor, "B T"]) -> tuple[float, Int[Tensor, "B T"]]:
+        """Say how a redistribution is to discount what it pays before the end.
+
+        Args:
+            ids: (B, T) int64. Macro action of each token, -1 outside the response.
+
+        Returns:
+            gamma: Discount of a step; 1 unless the estimator discounts.
+            steps: (B, T) int64. The step in which each token is paid.
+        """
+        return 1.0, ids
+
+    @abstractmethod
+    def __call__(self, earned: Earnings) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Estimate the advantage and the return of each token.
+
+        Args:
+            earned: Rewards, values and macro actions of B responses.
+
+        Returns:
+            advantages: (B, T) float32. Not whitened; 0 outside the response.
+            returns: (B, T) float32. Targets of the critic, or what is earned from the token on; 0 outside the response.
+        """
+
+
+@dataclass(frozen=True)
+class GAE(AdvantageEstimator):
+    """Generalised advantage estimation, over macro actions or between them.
 
     With `per="action"` a macro action is one step, however long it is; so are the papers' settings. With `per="token"`
     an action of m tokens is discounted by gamma^m and lam^m, and rewards inside of it by gamma^i: the semi-Markov form,
     and the control that tells whether macro actions are more than a larger lambda.
 
+    With `per="boundary"` every token is a step with a value of its own, and lambda acts at the ends of actions only:
+
+        A_t = delta_t + gamma * lam_t * A_{t+1},     lam_t = lam where token t closes its action, 1 inside of it
+
+    so that the critic is trusted at boundaries, and what happens between them is taken as it was. Nothing is pooled,
+    and advantages differ inside an action. With `EveryToken` it is GAE over tokens; with `WholeResponse`, or lam = 1,
+    the sum telescopes to the return less the value.
+
     Attributes:
         gamma: Discount, in [0, 1].
         lam: Weight of longer returns, in [0, 1].
-        per: Whether gamma and lam count actions or tokens.
+        per: Whether gamma and lam count actions or tokens, or gamma tokens and lam boundaries of actions.
 
     Raises:
-        ValueError: If gamma or lam lies outside [0, 1], or `per` is neither of the two.
+        ValueError: If gamma or lam lies outside [0, 1], or `per` is none of the three.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2 (`per="action"`); Sutton, Precup and Singh, 1999,
-        for the semi-Markov form.
+        for the semi-Markov form; SAE (https://arxiv.org/abs/2601.07320) for boundaries, where lambda's form is ours.
     """
 
     gamma: float = 1.0
@@ -117,24 +225,51 @@ class GAE:
         """Refuse numbers that are not weights."""
         _check_unit_interval("gamma", self.gamma)
         _check_unit_interval("lam", self.lam)
-        if self.per not in ("action", "token"):
-            raise ValueError(f"per is {self.per!r}; choose 'action' or 'token'")
+        if self.per not in ("action", "token", "boundary"):
+            raise ValueError(f"per is {self.per!r}; choose 'action', 'token' or 'boundary'")
 
-    def __call__(
-        self, rewards: Float[Tensor, "B M"], values: Float[Tensor, "B M"], lengths: Int[Tensor, "B M"]
-    ) -> tuple[Float[Tensor, "B M"], Float[Tensor, "B M"]]:
-        """Estimate the advantage and the return of each macro action.
+    @property
+    def needs_critic(self) -> bool:
+        """It does."""
+        return True
 
-        Args:
-            rewards: (B, M) float. Reward of each macro action.
-            values: (B, M) float. Critic before each macro action.
-            lengths: (B, M) int64. Tokens of each macro action, 0 where no such action exists.
+    @property
+    def varies_inside_actions(self) -> bool:
+        """They do between boundaries."""
+        return self.per == "boundary"
 
-        Returns:
-            advantages: (B, M) float32. Zero where no such action exists.
-            returns: (B, M) float32. Likewise.
-        """
-        if self.per == "action":
-            return gae(rewards, values, lengths > 0, gamma=self.gamma, lam=self.lam)
-        gamma, lam = (torch.pow(number, lengths.float()) for number in (self.gamma, self.lam))
-        return gae(rewards, values, lengths > 0, gamma=gamma, lam=lam)
+    @property
+    def ignores(self) -> frozenset[str]:
+        """Between boundaries nothing is pooled."""
+        return frozenset({"macro_value", "macro_reward"} if self.per == "boundary" else ())
+
+    def discounting(self, ids: Int[Tensor, "B T"]) -> tuple[float, Int[Tensor, "B T"]]:
+        """Discount by gamma for each action, or for each token."""
+        return self.gamma, ids if self.per == "action" else every_token(ids)
+
+    def __call__(self, earned: Earnings) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Estimate the advantage and the return of each token; see `AdvantageEstimator.__call__`."""
+        steps, gamma, lam = earned.ids, self.gamma, self.lam
+        lengths = macro_lengths(steps)
+        if self.per == "token":
+            gamma, lam = (torch.pow(number, lengths.float()) for number in (gamma, lam))
+        if self.per == "boundary":
+            closes = offsets(steps) + 1 == to_tokens(lengths, steps)
+            steps = every_token(steps)
+            lam = torch.where(sum_over_actions(closes.long(), steps) > 0, lam, 1.0)
+            earned, lengths = replace(earned, ids=steps), macro_lengths(steps)
+        rewards = earned.macro_rewards(self.gamma if self.per == "token" else 1.0)
+        advantages, returns = gae(rewards, earned.macro_values(), lengths > 0, gamma=gamma, lam=lam)
+        return to_tokens(advantages, steps), to_tokens(returns, steps)
+
+
+def every_token(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Make every valid token a step of its own.
+
+    Args:
+        ids: (B, T) int64. Macro action of each token, -1 outside the response.
+
+    Returns:
+        (B, T) int64. 0, 1, 2, ... on the valid tokens of a row; -1 outside the response.
+    """
+    return torch.where(ids >= 0, ranks(ids >= 0), -1)

@@ -1,28 +1,26 @@
 """The method in a dozen lines: from one score a response to advantages and returns for each token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
-from apportion.credit.advantages import GAE
-from apportion.credit.macro_actions import (
-    Pooling,
-    macro_ids,
-    macro_lengths,
-    offsets,
-    pooling_weights,
-    sum_over_actions,
-    to_tokens,
-)
+from apportion.credit.advantages import GAE, AdvantageEstimator, Earnings
+from apportion.credit.groups import GRPO, RLOO, DrGRPO
+from apportion.credit.macro_actions import Pooling, macro_ids, pooling_weights, sum_over_actions, to_tokens
 from apportion.credit.redistribution import Redistribution, Terminal
+from apportion.credit.reinforce import ReinforcePlusPlus
 from apportion.credit.rewards import token_level_rewards
 from apportion.credit.termination import FixedNgram, Perplexity, RandomizedNgram, TerminationCondition
-from apportion.masked import Reduce, alone, is_last, masked_whiten, ranks
+from apportion.credit.token_weights import token_weights
+from apportion.masked import Reduce, alone, is_last, masked_whiten
+
+ESTIMATORS: tuple[type[AdvantageEstimator], ...] = (GAE, RLOO, GRPO, DrGRPO, ReinforcePlusPlus)
+"""What `advantage` knows by a short name; estimators of your own are chosen by their dotted path."""
 
 Condition = TerminationCondition | Callable[[Rollout], Tensor]
 
@@ -34,8 +32,9 @@ class CreditConfig:
     Attributes:
         termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool (on the command line,
             a class derived from `TerminationCondition`).
-        redistribution: Where the score lands.
-        advantage: From rewards and values to advantages.
+        redistribution: Where the score lands; with an estimator that adds up a response's rewards (RLOO, GRPO, Dr.GRPO,
+            REINFORCE++ with groups), how much each token weighs (`token_weights`).
+        advantage: From rewards, and values where it has a critic, to advantages.
         macro_value: How the values inside a macro action are pooled (`pooling_weights`).
         macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value` as
             the official code does, which divides the KL penalty by about n.
@@ -48,12 +47,12 @@ class CreditConfig:
         whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens.
 
     Raises:
-        ValueError: If a number is out of range or a name is unknown.
+        ValueError: If a number is out of range, a name is unknown, or a choice has no meaning beside another.
     """
 
     termination: Condition = field(default_factory=FixedNgram)
     redistribution: Redistribution = field(default_factory=Terminal)
-    advantage: GAE = field(default_factory=GAE)
+    advantage: AdvantageEstimator = field(default_factory=GAE)
     macro_value: Pooling = "equal"
     macro_reward: Literal["sum", "mean"] = "sum"
     kl_coef: float = 0.05
@@ -72,6 +71,21 @@ class CreditConfig:
             raise ValueError(f"kl_coef is {self.kl_coef}; choose a number of at least 0 (0 switches the penalty off)")
         if self.score_clamp is not None and not self.score_clamp > 0:
             raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse choices that have no meaning beside the estimator."""
+        estimator = type(self.advantage).__name__
+        unread = self.advantage.ignores | ({"value_smoothing"} if not self.advantage.needs_critic else set())
+        for f in fields(self):
+            if f.name in unread and (value := getattr(self, f.name)) != f.default:
+                raise ValueError(f"{f.name} is {value!r}, which {estimator} here does not read; leave it out")
+        if self.advantage.sums_rewards and "prefix_scores" in self.redistribution.needs:
+            raise ValueError(
+                f"redistribution is {type(self.redistribution).__name__}, whose differences may be negative and cannot "
+                f"weigh the tokens of {estimator}, which adds up rewards; choose Attention or Uniform, or an estimator "
+                "that keeps the reward of each token: GAE, or ReinforcePlusPlus without groups"
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
@@ -105,6 +119,8 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
         A_k                 = delta_k + gamma * lambda * A_{k+1}
         advantages_t, returns_t = A_k, A_k + macro_values_k        for every token t of action k
 
+    The last four lines are those of `GAE`; other estimators have their own.
+
     Args:
         rollout: B responses of up to T tokens, in any floating dtype; computed in float32.
         scores: Their scores, with what the redistribution needs.
@@ -112,36 +128,44 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
         reduce: Sums a tensor over the processes that share the batch; only whitening asks for it.
 
     Returns:
-        Credit of shape (B, T), zero outside the responses, without gradient. A row depends on that row alone, unless
-        advantages are whitened.
+        Credit of shape (B, T), zero outside the responses, without gradient. A row depends on that row alone, or on its
+        group where the estimator has groups, unless advantages are whitened.
 
     Raises:
-        ValueError: If `scores` lacks what the redistribution needs or has other rows, or the condition answers in
-            another form than (B, T) bool.
+        ValueError: If `scores` lacks what the redistribution needs or has other rows, the condition answers in
+            another form than (B, T) bool, or the rows are no whole groups.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3; ABC (https://arxiv.org/abs/2402.00782), section 3.
     """
-    mask = rollout.response_mask
+    mask, estimator = rollout.response_mask, config.advantage
     ids = segment(rollout, config)
-    lengths = macro_lengths(ids)
-    steps = ids if config.advantage.per == "action" else ranks(mask)
     scores = scores if config.score_clamp is None else scores.map(_clamp(config.score_clamp))
-    token_scores = config.redistribution(rollout, scores, gamma=config.advantage.gamma, steps=steps)
+    gamma, steps = estimator.discounting(ids)
+    # What is added up anyway stays whole: parts of equal scores would differ by rounding, which GRPO would magnify.
+    placed = Terminal() if estimator.sums_rewards else config.redistribution
+    token_scores = placed(rollout, scores, gamma=gamma, steps=steps)
     rewards = token_level_rewards(
         token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=config.kl_coef
     )
-    weights = pooling_weights(ids, config.macro_value)
-    macro_values = sum_over_actions(weights * _values(rollout, config.value_smoothing), ids)
-    macro_rewards = sum_over_actions(rewards * _reward_weights(ids, weights, config), ids)
-    macro_advantages, macro_returns = config.advantage(macro_rewards, macro_values, lengths)
-    advantages = to_tokens(macro_advantages, ids)
+    earned = Earnings(
+        rewards=rewards,
+        values=_values(rollout, config.value_smoothing),
+        ids=ids,
+        macro_value=config.macro_value,
+        macro_reward=config.macro_reward,
+    )
+    advantages, returns = estimator(earned)
+    if config.whiten_advantages or estimator.whitens:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
+    if estimator.sums_rewards:
+        advantages = advantages * token_weights(config.redistribution, rollout, scores, ids)
     return Credit(
         token_level_scores=token_scores,
         token_level_rewards=rewards,
         macro_ids=ids,
-        advantages=masked_whiten(advantages, mask, reduce=reduce) if config.whiten_advantages else advantages,
-        returns=to_tokens(macro_returns, ids),
+        advantages=advantages,
+        returns=returns,
     )
 
 
@@ -196,13 +220,3 @@ def _second_to_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 def _clamp(bound: float) -> Callable[[Tensor], Tensor]:
     """Cut what lies outside [-bound, bound]."""
     return lambda x: x.clamp(-bound, bound)
-
-
-def _reward_weights(
-    ids: Int[Tensor, "B T"], weights: Float[Tensor, "B T"], config: CreditConfig
-) -> Float[Tensor, "B T"] | float:
-    """Weigh the rewards inside a macro action: 1, or the pooling's weights, discounted where tokens are steps."""
-    pooled = weights if config.macro_reward == "mean" else 1.0
-    if config.advantage.per == "action" or config.advantage.gamma == 1.0:
-        return pooled
-    return pooled * torch.pow(config.advantage.gamma, torch.where(ids >= 0, offsets(ids), 0).float())

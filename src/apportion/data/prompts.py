@@ -136,18 +136,21 @@ def order_of(seed: int, epoch: int, size: int) -> Int[Tensor, " N"]:
     return torch.randperm(size, generator=generator(seed, "prompts", epoch))
 
 
-def indices_of(step: int, batch_size: int, seed: int, size: int) -> list[int]:
-    """List the prompts of one update; passes over the data follow each other without a gap.
+def indices_of(step: int, batch_size: int, seed: int, size: int, group_size: int = 1) -> list[int]:
+    """List the prompts of one update, one for each response; passes over the data follow each other without a gap.
 
     Args:
         step: Updates done before.
-        batch_size: Prompts an update.
+        batch_size: Responses an update.
         seed: Seed of the run.
         size: Number of prompts in the data.
+        group_size: Responses to each prompt; `batch_size` is a multiple of it.
 
     Returns:
-        `batch_size` prompt numbers.
+        `batch_size` prompt numbers, each `group_size` times in a row.
     """
-    places = range(step * batch_size, (step + 1) * batch_size)
+    count = batch_size // group_size
+    places = range(step * count, (step + 1) * count)
     orders = {epoch: order_of(seed, epoch, size) for epoch in {place // size for place in places}}
-    return [int(orders[place // size][place % size]) for place in places]
+    prompts = [int(orders[place // size][place % size]) for place in places]
+    return [prompt for prompt in prompts for _ in range(group_size)]

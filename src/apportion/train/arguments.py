@@ -8,7 +8,7 @@ import yaml
 
 from apportion.credit.assign import CreditConfig
 from apportion.sampling import Sampling
-from apportion.update.ppo import PPOConfig
+from apportion.update.config import PPOConfig
 
 SCHEDULES = (
     "linear",
@@ -31,12 +31,14 @@ class PPOArguments:
         resume: Continue from the newest checkpoint of the run folder, bit for bit.
         seed: Decides the order of prompts and what is sampled.
         num_steps: Updates, one rollout each.
-        batch_size: Responses an update, over all processes.
+        batch_size: Responses an update, over all processes; with an estimator that compares g responses to a prompt, a
+            multiple of g, and batch_size / g prompts.
         credit: How credit is assigned.
         sampling: What responses are drawn from.
         ppo: How the policy and the critic learn from a rollout.
         learning_rate: Of the policy.
-        critic_learning_rate: Of the critic.
+        critic_learning_rate: Of the critic; without effect, as all settings of the critic, where advantages are
+            estimated without one.
         lr_scheduler_type: A schedule of `transformers.get_scheduler` without further settings, counted in updates.
         warmup_steps: Updates over which the learning rates rise from zero.
         warmup_ratio: The same as a part of `num_steps`; give one of the two.
@@ -127,6 +129,17 @@ class PPOArguments:
                 f"ppo.num_mini_batches is {self.ppo.num_mini_batches}, more than the {self.batch_size} responses of "
                 "batch_size; lower it"
             )
+        group, estimator = self.credit.advantage.responses_per_prompt, type(self.credit.advantage).__name__
+        if self.batch_size % group:
+            raise ValueError(
+                f"batch_size is {self.batch_size} responses, not a multiple of the {group} that {estimator} compares "
+                "(group_size); change one of them"
+            )
+        if self.credit.advantage.varies_inside_actions and self.ppo.ratio != "token":
+            raise ValueError(
+                f"ppo.ratio is {self.ppo.ratio!r}, but the advantages of {estimator} differ inside a macro action; "
+                "choose 'token'"
+            )
         if self.warmup_steps and self.warmup_ratio:
             both = f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}"
             raise ValueError(f"{both}; give one of them")
@@ -135,6 +148,26 @@ class PPOArguments:
     def warmup(self) -> int:
         """Updates of warm-up, from whichever of the two settings is given."""
         return self.warmup_steps or round(self.warmup_ratio * self.num_steps)
+
+
+def check_shares(args: PPOArguments, processes: int) -> None:
+    """Refuse a batch that processes cannot share in whole groups of responses to a prompt.
+
+    Args:
+        args: Its `batch_size` and the groups of `credit.advantage` are read.
+        processes: Number of processes.
+
+    Raises:
+        ValueError: With the numbers, and what to choose.
+    """
+    group, total = args.credit.advantage.responses_per_prompt, args.batch_size
+    if total % processes:
+        raise ValueError(f"batch_size is {total}, not a multiple of the {processes} processes")
+    if total % (processes * group):
+        raise ValueError(
+            f"batch_size is {total}, of which each of the {processes} processes would have {total // processes}, not a "
+            f"multiple of the {group} responses of a group; choose a multiple of {processes * group}"
+        )
 
 
 def to_yaml(settings: Any) -> str:
@@ -158,7 +191,7 @@ def _plain(value: Any, *, top: bool = False) -> Any:
     if is_dataclass(value):
         content = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig", "GAE")
+        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig")
         return content if is_group else {"class_path": path, "init_args": content}
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -39,13 +39,13 @@ class Roles:
 
     Attributes:
         policy: Learns to respond.
-        critic: Learns what responses will earn.
+        critic: Learns what responses will earn; None where advantages are estimated without one.
         reference: What the policy is held to: a frozen copy, or the policy itself with its adapters switched off.
         as_reference: Context in which `reference` is the reference.
     """
 
     policy: Policy
-    critic: Critic
+    critic: Critic | None
     reference: Policy
     as_reference: Callable[[], AbstractContextManager]
 
@@ -53,7 +53,7 @@ class Roles:
 def cast_roles(
     model: nn.Module,
     ref_model: nn.Module | None,
-    value_model: nn.Module,
+    value_model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOArguments,
 ) -> Roles:
@@ -62,7 +62,7 @@ def cast_roles(
     Args:
         model: The policy to be trained, with adapters or without.
         ref_model: The reference; by default the policy as it is now.
-        value_model: The critic: a sequence classifier with one label, not shared with the reward model.
+        value_model: The critic: a sequence classifier with one label, not shared with the reward model; None for none.
         tokenizer: The policy's.
         args: Its `gradient_checkpointing` and `zero_value_head` are read.
 
@@ -80,10 +80,11 @@ def cast_roles(
     eos_ids = end_tokens(model, tokenizer)
     if ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
-    policy, critic = Policy(without_dropout(model), eos_ids), Critic(without_dropout(value_model))
-    if args.zero_value_head:
+    policy = Policy(without_dropout(model), eos_ids)
+    critic = None if value_model is None else Critic(without_dropout(value_model))
+    if args.zero_value_head and value_model is not None:
         nn.init.zeros_(score_head(value_model).weight)
-    for learner in (model, value_model):
+    for learner in (model, value_model) if value_model is not None else (model,):
         learner.train(args.gradient_checkpointing)  # dropout is off; transformers checkpoints only in training mode
         if args.gradient_checkpointing:
             inner: Any = unwrapped(learner)
@@ -258,11 +259,34 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Everything that a checkpoint holds beside the counters: two learners and their schedules."""
+    """Everything that a checkpoint holds beside the counters: the learners and their schedules.
+
+    Attributes:
+        learners: `policy` and, where there is one, `critic`.
+        schedules: Their learning rates.
+        accelerator: Devices and processes.
+    """
 
     learners: dict[str, Learner]
     schedules: dict[str, LRScheduler]
     accelerator: Accelerator
+
+    @classmethod
+    def begin(cls, roles: Roles, args: PPOArguments, accelerator: Accelerator) -> Self:
+        """Give the policy and, where there is one, the critic an optimizer and a schedule."""
+        learners = {"policy": make_learner(roles.policy, args.learning_rate, args, accelerator)}
+        if roles.critic is not None:
+            learners["critic"] = make_learner(roles.critic, args.critic_learning_rate, args, accelerator)
+        schedules = {name: make_schedule(learner, args) for name, learner in learners.items()}
+        return cls(learners=learners, schedules=schedules, accelerator=accelerator)
+
+    def advance(self) -> dict[str, float]:
+        """Move the learning rates on by one update; return those that it had, as `policy/lr` and `value/lr`."""
+        rates = {}
+        for name, schedule in self.schedules.items():
+            rates["value/lr" if name == "critic" else "policy/lr"] = float(schedule.get_last_lr()[0])
+            schedule.step()
+        return rates
 
     def save(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Return tensors by file and name, and the rest as something JSON can hold."""

@@ -20,7 +20,7 @@ def batch_metrics(
         credit: Who earned it.
         ended: (B) bool. Whether each response has ended by itself.
         scale: Factor from the reward's units to those that are trained on.
-        args: Its `credit.kl_coef` is read.
+        args: Its `credit` is read.
         reduce: Sums a tensor over processes.
 
     Returns:
@@ -33,6 +33,12 @@ def batch_metrics(
         return float(masked_mean(x.float(), where, reduce=reduce))
 
     actions = credit.macro_ids.amax(1) + 1
+    estimator, more = args.credit.advantage, {}
+    if estimator.needs_critic:
+        more["credit/value_mean"] = mean(rollout.values.detach(), mask)
+    if (group := estimator.responses_per_prompt) > 1:
+        lowest, highest = scores.scores.view(-1, group).aminmax(dim=1)
+        more["score/flat_groups"] = mean(lowest == highest, torch.ones_like(lowest, dtype=torch.bool))
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
         "rollout/length": mean(rollout.lengths),
@@ -49,6 +55,5 @@ def batch_metrics(
         "credit/advantage_mean": mean(credit.advantages, mask),
         "credit/advantage_std": float(masked_var(credit.advantages, mask, reduce=reduce).sqrt()),
         "credit/return_mean": mean(credit.returns, mask),
-        "credit/value_mean": mean(rollout.values.detach(), mask),
         "credit/attention_fallbacks": float(reduce(attention_fallbacks(rollout, scores).float())),
-    }
+    } | more

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from apportion.batch import Credit, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.data.prompts import encode_prompts, indices_of
-from apportion.masked import masked_var
 from apportion.microbatches import by_length
 from apportion.models import check_reward_model, load_policy, load_scorer
 from apportion.rollout import Responses, complete, sample, widths
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
-from apportion.train.arguments import PPOArguments, to_yaml
+from apportion.train.arguments import PPOArguments, check_shares, to_yaml
 from apportion.train.callbacks import Callbacks
 from apportion.train.evaluation import Evaluation
 from apportion.train.learner import (
@@ -27,8 +26,6 @@ from apportion.train.learner import (
     check_vocabulary,
     critic_model,
     evaluating,
-    make_learner,
-    make_schedule,
     open_accelerator,
     tokenizer_of,
     with_adapters,
@@ -36,6 +33,7 @@ from apportion.train.learner import (
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
+from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
 
 
@@ -55,7 +53,8 @@ class PPOTrainer:
         processing_class: The policy's tokenizer; by default that of the path `model`.
         ref_model: What the policy is held to; by default the policy as it begins.
         value_model: The critic: a sequence classifier with one label or a path to one. By default it starts from the
-            reward model, or, where that is a function or has another vocabulary, from the policy.
+            reward model, or, where that is a function or has another vocabulary, from the policy. There is none where
+            advantages are estimated without one.
         eval_dataset: Held-out prompts.
         eval_rewards: Further reward functions that only evaluate; reported as `eval/<name>`.
         reward_processing_class: The reward model's tokenizer, if it is not the policy's.
@@ -89,8 +88,10 @@ class PPOTrainer:
         self.args = args
         self.config_text = config_text or to_yaml(args)
         self.accelerator = open_accelerator(args)
-        if args.batch_size % (processes := self.accelerator.num_processes):
-            raise ValueError(f"batch_size is {args.batch_size}, not a multiple of the {processes} processes")
+        check_shares(args, self.accelerator.num_processes)
+        if value_model is not None and not args.credit.advantage.needs_critic:
+            estimator = type(args.credit.advantage).__name__
+            raise ValueError(f"value_model is given, but {estimator} has no critic; leave it out")
         for name, other in (("reference", ref_model), ("critic", value_model)):
             check_vocabulary(name, other, model)
         self.tokenizer = processing_class or tokenizer_of(model)
@@ -105,20 +106,16 @@ class PPOTrainer:
             tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
         )
         same_tokens = same_vocabulary(reward_tokenizer, self.tokenizer)
-        value_model = critic_model(value_model, reward_model, model, same_tokens=same_tokens)
+        critic = None
+        if args.credit.advantage.needs_critic:
+            critic = critic_model(value_model, reward_model, model, same_tokens=same_tokens)
         if peft_config is not None:
             policy_model = with_adapters(policy_model, peft_config, args.seed)
         ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
-        roles = cast_roles(policy_model, ref_model, value_model, self.tokenizer, args)
+        roles = cast_roles(policy_model, ref_model, critic, self.tokenizer, args)
         self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
-        self.policy = make_learner(roles.policy, args.learning_rate, args, self.accelerator)
-        self.critic = make_learner(roles.critic, args.critic_learning_rate, args, self.accelerator)
-        learners = {"policy": self.policy, "critic": self.critic}
-        self.state = TrainingState(
-            learners=learners,
-            schedules={name: make_schedule(learner, args) for name, learner in learners.items()},
-            accelerator=self.accelerator,
-        )
+        self.state = TrainingState.begin(roles, args, self.accelerator)
+        self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
         self.evaluation = None
         if eval_prompts is not None and args.eval_steps:
@@ -182,14 +179,14 @@ class PPOTrainer:
         self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False
     ) -> Rollout:
         """Add what the reference and, if asked, the critic say; `to_learn` keeps its graph where that is of use."""
-        critic: Any = self.critic.module if with_values else None
-        keep_graph = to_learn and self._first_pass_is_known(prompts, responses)
+        critic: Any = self.critic.module if self.critic is not None and with_values else None
+        keep_graph = critic is not None and to_learn and self._first_pass_is_known(prompts, responses)
         with self.accelerator.autocast():
             return complete(
                 prompts,
                 responses,
                 reference=self.reference,
-                critic=critic if keep_graph or not with_values else self.accelerator.unwrap_model(critic),
+                critic=critic if keep_graph or critic is None else self.accelerator.unwrap_model(critic),
                 sampling=self.args.sampling,
                 budget=self.args.ppo.micro_batch_tokens,
                 as_reference=self.as_reference,
@@ -272,8 +269,9 @@ class PPOTrainer:
 
     def _prompts_of(self, step: int) -> Prompts:
         """This process's share of the prompts of an update."""
-        indices = indices_of(step, self.args.batch_size, self.args.seed, len(self.prompts))
-        share = self.args.batch_size // self.accelerator.num_processes
+        args, group = self.args, self.args.credit.advantage.responses_per_prompt
+        indices = indices_of(step, args.batch_size, args.seed, len(self.prompts), group)
+        share = args.batch_size // self.accelerator.num_processes
         first = share * self.accelerator.process_index
         return self.prompts.batch(indices[first : first + share], self.accelerator.device)
 
@@ -287,21 +285,10 @@ class PPOTrainer:
             raise
 
     def _scaled(self, scores: Scores, rollout: Rollout) -> Scores:
-        """Scores in the units that are trained on: of unit deviation if asked, less the price of not having ended."""
+        """Scores in the units that are trained on."""
         if self.score_scale is None:
-            everyone = gathered(self.accelerator, scores.scores)
-            deviation = float(masked_var(everyone, torch.ones_like(everyone, dtype=torch.bool)).sqrt())
-            self.score_scale = 1 / deviation if deviation > 0 else 1.0
-        scale, penalty = self.score_scale, self.args.missing_eos_penalty
-        scores = scores.map(lambda x: x * scale)
-        if penalty is None:
-            return scores
-        ended = self._ended(rollout)
-        return Scores(
-            scores=scores.scores - penalty * (~ended).float(),
-            attention=scores.attention,
-            prefix_scores=scores.prefix_scores,
-        )
+            self.score_scale = unit_scale(gathered(self.accelerator, scores.scores))
+        return trained_scores(scores, self._ended(rollout), self.score_scale, self.args.missing_eos_penalty)
 
     def _ended(self, rollout: Rollout) -> Tensor:
         """(B) bool. Whether each response ends in an end-of-text token."""
@@ -321,9 +308,7 @@ class PPOTrainer:
             accelerator=self.accelerator,
             generator=generator(self.args.seed, "minibatches", step),
         )
-        for name, schedule in (("policy", self.state.schedules["policy"]), ("value", self.state.schedules["critic"])):
-            metrics[f"{name}/lr"] = float(schedule.get_last_lr()[0])
-            schedule.step()
+        metrics |= self.state.advance()
         skipped = int(metrics["update/skipped_steps"])
         taken = int(metrics["update/optimizer_steps"])
         self.counters["skipped_in_a_row"] = 0 if taken else self.counters["skipped_in_a_row"] + skipped

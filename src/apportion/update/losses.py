@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.credit.macro_actions import macro_lengths, sum_over_actions
+from apportion.credit.macro_actions import macro_lengths, sum_over_actions, to_tokens
+from apportion.update.aggregation import Aggregation, normaliser, step_weights
 
 Granularity = Literal["token", "macro", "macro_mean"]
+Clip = Literal["pooled", "token"]
 
 _LARGEST_LOG_RATIO = 20.0
 
@@ -47,6 +49,16 @@ def importance_ratio(
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, for `macro`; GSPO (https://arxiv.org/abs/2507.18071).
     """
     log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)
+    return _pooled(log_ratio, mask, granularity, macro_ids)
+
+
+def _pooled(
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    granularity: Granularity,
+    macro_ids: Int[Tensor, "B T"] | None,
+) -> tuple[Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
+    """Pool the log ratios of tokens over each step, and take the ratio."""
     if granularity == "token":
         return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp(), mask
     if granularity not in ("macro", "macro_mean"):
@@ -67,39 +79,96 @@ def policy_loss(
     mask: Bool[Tensor, "B T"],
     *,
     cliprange: float,
+    cliprange_high: float | None = None,
+    clip: Clip = "pooled",
     ratio: Granularity = "token",
     macro_ids: Int[Tensor, "B T"] | None = None,
+    aggregation: Aggregation | None = None,
+    longest: int | None = None,
     denominator: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     r"""Compute PPO's clipped policy loss over tokens or macro actions.
 
-        loss = sum_n max(-A_n * r_n, -A_n * clip(r_n, 1 - cliprange, 1 + cliprange)) / number of steps
+        loss_n = max(-A_n * r_n, -A_n * clip(r_n, 1 - cliprange, 1 + cliprange_high))
+        loss   = mean of the losses, as the aggregation says
+
+    With `clip="token"` nothing but the log ratio of each token is held, before it is pooled, and only on the side where
+    it would raise the objective further: at most cliprange_high where the advantage is positive, at least -cliprange
+    where it is negative. The ranges are then nats. With `ratio="macro_mean"` and one action a response that is GMPO,
+    and with the clipped ratio (`clip="pooled"`) GSPO.
 
     Args:
         logprobs: (B, T) float. Current policy, in nats; the gradient flows through it.
         old_logprobs: (B, T) float. Sampling policy.
-        advantages: (B, T) float. Constant inside a macro action when the ratio is pooled.
+        advantages: (B, T) float. Averaged over each macro action where the ratio is pooled.
         mask: (B, T) bool. True on valid response tokens.
-        cliprange: Largest step of the ratio from 1, positive.
+        cliprange: Largest step of the ratio down from 1, positive.
+        cliprange_high: Largest step up, positive; the same by default.
+        clip: Whether the pooled ratio is clipped, or the log ratio of each token before it is pooled.
         ratio: What is clipped: see `importance_ratio`.
-        macro_ids: (B, T) int64. Needed for a pooled ratio.
-        denominator: () float. Steps to divide by, when these rows are part of a larger batch; those of these rows by
-            default.
+        macro_ids: (B, T) int64. Needed for a pooled ratio, and for the aggregation `action_mean`.
+        aggregation: Whose mean the loss is: see `step_weights`. By default `token_mean` for the ratio of tokens,
+            `action_mean` for a pooled one.
+        longest: What the aggregation `constant` divides each response by; T by default.
+        denominator: () float. What to divide by, when these rows are part of a larger batch: the `normaliser` of that;
+            by default of these rows.
 
     Returns:
         () float32.
 
     Raises:
-        ValueError: If cliprange is not positive, or the ratio is unknown or needs macro_ids and has none.
+        ValueError: If a clip range is not positive, or a name is unknown or needs macro_ids and has none.
 
     Source:
-        Schulman et al., 2017 (https://arxiv.org/abs/1707.06347), equation 7; MA-RLHF, section 3.2.
+        Schulman et al., 2017 (https://arxiv.org/abs/1707.06347), equation 7; MA-RLHF, section 3.2; GSPO
+        (https://arxiv.org/abs/2507.18071), equation 5; GMPO (https://arxiv.org/abs/2507.20673), equation 4.
     """
-    _check_positive("cliprange", cliprange)
-    ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
-    weights = advantages.float() if ratio == "token" or macro_ids is None else _of_actions(advantages, macro_ids)
-    losses = torch.maximum(-weights * ratios, -weights * ratios.clamp(1 - cliprange, 1 + cliprange))
-    return _mean_over(losses, steps, denominator)
+    low, high = cliprange, cliprange if cliprange_high is None else cliprange_high
+    _check_positive("cliprange", low)
+    _check_positive("cliprange_high", high)
+    aggregation = aggregation_of(ratio, aggregation)
+    if clip not in ("pooled", "token"):
+        raise ValueError(f"clip is {clip!r}; choose 'pooled' or 'token'")
+    if clip == "token":
+        log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0)
+        held = _held(log_ratio, _shared(advantages, mask, ratio, macro_ids), low, high)
+        ratios, steps = _pooled(held, mask, ratio, macro_ids)
+    else:
+        ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
+    pooled = ratio != "token"
+    gains = advantages.float() if macro_ids is None or not pooled else _of_actions(advantages, macro_ids)
+    losses = -gains * ratios
+    if clip == "pooled":
+        losses = torch.maximum(losses, -gains * ratios.clamp(1 - low, 1 + high))
+    if denominator is None:
+        denominator = normaliser(aggregation, mask, macro_ids, longest=longest or max(mask.shape[1], 1))
+    return _mean_over(losses * step_weights(aggregation, mask, macro_ids, pooled=pooled), steps, denominator)
+
+
+def aggregation_of(ratio: Granularity, aggregation: Aggregation | None) -> Aggregation:
+    """Fill in the default: the mean over tokens for the ratio of tokens, over macro actions for a pooled one."""
+    return aggregation or ("token_mean" if ratio == "token" else "action_mean")
+
+
+def _held(
+    log_ratio: Float[Tensor, "B T"], gains: Float[Tensor, "B T"], low: float, high: float
+) -> Float[Tensor, "B T"]:
+    """Hold log ratios within [-low, high] on the side where going further would raise the objective."""
+    return torch.where(
+        gains > 0, log_ratio.clamp(max=high), torch.where(gains < 0, log_ratio.clamp(min=-low), log_ratio)
+    )
+
+
+def _shared(
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    ratio: Granularity,
+    macro_ids: Int[Tensor, "B T"] | None,
+) -> Float[Tensor, "B T"]:
+    """Give each token the advantage that its ratio is multiplied with; 0 outside the response."""
+    if ratio == "token" or macro_ids is None:
+        return torch.where(mask, advantages.float(), 0)
+    return to_tokens(_of_actions(advantages, macro_ids), macro_ids)
 
 
 def value_loss(

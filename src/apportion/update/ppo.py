@@ -18,66 +18,12 @@ from apportion.masked import masked_var
 from apportion.microbatches import by_length, in_groups
 from apportion.rollout import trim, widths
 from apportion.sampling import Sampling
-from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
+from apportion.update.aggregation import normaliser
+from apportion.update.config import PPOConfig
+from apportion.update.losses import importance_ratio, policy_loss, value_loss
 
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """How the policy and the critic learn from a rollout.
-
-    Attributes:
-        num_ppo_epochs: Passes over each rollout.
-        num_mini_batches: Optimizer steps a pass.
-        micro_batch_tokens: Tokens that a model is given at once, padding included; changes memory, not results.
-        ratio: What is clipped: the ratio of a `token`, of a `macro` action, or its geometric mean (`macro_mean`).
-        cliprange: Largest step of the ratio from 1.
-        cliprange_value: Largest step of a value from its old one; None for no clipping.
-        vf_coef: Weight of the value loss; the critic has an optimizer of its own, so it only acts on the clipping of
-            its gradient.
-        max_grad_norm: Gradients are scaled down to this norm, policy and critic apart.
-        target_kl: The update stops early when the policy has moved this far (mean k3 estimate a token, nats); None for
-            never.
-        max_skipped_steps: A run stops when updates in a row took no step, and more steps than this had a loss or
-            gradient that was not finite.
-
-    Raises:
-        ValueError: If a number is out of range or the ratio unknown.
-    """
-
-    num_ppo_epochs: int = 1
-    num_mini_batches: int = 1
-    micro_batch_tokens: int = 16_384
-    ratio: Granularity = "token"
-    cliprange: float = 0.2
-    cliprange_value: float | None = 0.2
-    vf_coef: float = 1.0
-    max_grad_norm: float = 1.0
-    target_kl: float | None = None
-    max_skipped_steps: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        for name in ("num_ppo_epochs", "num_mini_batches", "micro_batch_tokens"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}; choose at least 1")
-        for name in ("cliprange", "cliprange_value", "vf_coef", "max_grad_norm", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; choose a positive number")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; choose at least 0")
-        if self.ratio not in ("token", "macro", "macro_mean"):
-            raise ValueError(f"ratio is {self.ratio!r}; choose 'token', 'macro' or 'macro_mean'")
-
-    @classmethod
-    def paper(cls, **changes: Any) -> Self:
-        """Clip the ratio of a macro action, as MA-RLHF's paper describes it, with changes by keyword."""
-        return replace(cls(ratio="macro"), **changes)
-
-    @classmethod
-    def official(cls, **changes: Any) -> Self:
-        """Clip the ratio of a token, as MA-RLHF's official code does, with changes by keyword."""
-        return replace(cls(ratio="token"), **changes)
+VALUE_NAMES = ("value/loss", "value/clipfrac")
+POLICY_NAMES = ("policy/loss", "policy/ratio_mean", "policy/clipfrac", "policy/approx_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +48,7 @@ def gathered(accelerator: Accelerator, x: Tensor) -> Tensor:
 
 def update(
     policy: Learner,
-    critic: Learner,
+    critic: Learner | None,
     rollout: Rollout,
     credit: Credit,
     config: PPOConfig,
@@ -121,7 +67,7 @@ def update(
 
     Args:
         policy: A `Policy` with its optimizer.
-        critic: A `Critic` with its optimizer.
+        critic: A `Critic` with its optimizer; None where advantages are estimated without one.
         rollout: This process's rows of the batch.
         credit: Their credit.
         config: Epochs, minibatches, clipping.
@@ -130,7 +76,8 @@ def update(
         generator: Draws the minibatches; the same on every process.
 
     Returns:
-        Metrics of docs/metrics.md under `policy/`, `value/` and `update/`, of the whole batch over all processes.
+        Metrics of docs/metrics.md under `policy/`, `value/` (with a critic) and `update/`, of the whole batch over all
+        processes.
 
     A step whose loss or gradient is not finite is not taken, and counted in `update/skipped_steps`.
     """
@@ -154,9 +101,10 @@ def update(
             break
     means = {name: sum(values) / len(values) for name, values in tally.items()}
     means |= {name: max(tally[name]) for name in ("policy/ratio_max",)}
-    counts = {"update/optimizer_steps": float(step.taken), "update/skipped_steps": float(step.skipped)}
-    explained = _explained_variance(rollout, credit, accelerator)
-    return means | counts | {"policy/sampler_gap": gap, "value/explained_variance": explained}
+    means |= {"update/optimizer_steps": float(step.taken), "update/skipped_steps": float(step.skipped)}
+    if critic is not None:
+        means["value/explained_variance"] = _explained_variance(rollout, credit, accelerator)
+    return means | {"policy/sampler_gap": gap}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +135,7 @@ class _Step:
     """Optimizer steps of one update, and what they share."""
 
     def __init__(
-        self, policy: Learner, critic: Learner, config: PPOConfig, sampling: Sampling, accelerator: Accelerator
+        self, policy: Learner, critic: Learner | None, config: PPOConfig, sampling: Sampling, accelerator: Accelerator
     ) -> None:
         self.policy, self.critic = policy, critic
         self.config, self.sampling, self.accelerator = config, sampling, accelerator
@@ -222,30 +170,26 @@ class _Step:
         counts, budget = self._counts(credit, index), self.config.micro_batch_tokens
         if moved:
             self.first_values = None
-        criticise = partial(self._criticise, tokens=counts[1])
-        value = self._accumulate(self.critic, criticise, rollout, credit, index, budget).sum(0)
-        reinforce = partial(self._reinforce, behaviour=behaviour, steps=counts[0], moved=moved)
+        value = counts.new_zeros(0)
+        if self.critic is not None:
+            criticise = partial(self._criticise, self.critic.module, tokens=counts[1])
+            value = self._accumulate(self.critic, criticise, rollout, credit, index, budget).sum(0)
+        reinforce = partial(self._reinforce, behaviour=behaviour, counts=counts, moved=moved)
         # A token of the policy weighs more than one of the critic: it has logits, and their gradient.
         parts = self._accumulate(self.policy, reinforce, rollout, credit, index, budget // 2)
         totals = summed(self.accelerator, torch.cat([value, parts[:, :-1].sum(0)])).tolist()
         largest = gathered(self.accelerator, parts[:, -1].max()[None]).max()
-        names = (
-            "value/loss",
-            "value/clipfrac",
-            "policy/loss",
-            "policy/ratio_mean",
-            "policy/clipfrac",
-            "policy/approx_kl",
-        )
+        names = POLICY_NAMES if self.critic is None else VALUE_NAMES + POLICY_NAMES
         metrics = dict(zip(names, totals, strict=True)) | {"policy/ratio_max": float(largest)}
         return metrics | self._advance(metrics)
 
-    def _counts(self, credit: Credit, index: Int[Tensor, " N"]) -> Float[Tensor, " 2"]:
-        """Count the steps of the policy loss and the tokens of these rows over all processes."""
+    def _counts(self, credit: Credit, index: Int[Tensor, " N"]) -> Float[Tensor, " 3"]:
+        """Count over all processes the steps and tokens of these rows, and what the policy loss is divided by."""
         ids = credit.macro_ids[index]
-        tokens = (ids >= 0).sum()
-        steps = tokens if self.config.ratio == "token" else (macro_lengths(ids) > 0).sum()
-        return summed(self.accelerator, torch.stack([steps, tokens]).float()).clamp(min=1)
+        mask = ids >= 0
+        steps = mask.sum() if self.config.ratio == "token" else (macro_lengths(ids) > 0).sum()
+        whole = normaliser(self.config.aggregation, mask, ids, longest=self.sampling.max_new_tokens)
+        return summed(self.accelerator, torch.stack([steps, mask.sum(), whole]).float()).clamp(min=1)
 
     def _accumulate(
         self,
@@ -276,12 +220,14 @@ class _Step:
                 parts.append(backward(_Piece.of(rollout, credit, group), float(self.accelerator.num_processes)))
         return torch.stack(parts)
 
-    def _criticise(self, piece: "_Piece", weight: float, *, tokens: Float[Tensor, ""]) -> Float[Tensor, " 2"]:
+    def _criticise(
+        self, critic: nn.Module, piece: "_Piece", weight: float, *, tokens: Float[Tensor, ""]
+    ) -> Float[Tensor, " 2"]:
         """Add the critic's gradients; return its loss, and the share of values that its clipping holds."""
         mask, limit = piece.mask, self.config.cliprange_value
         if self.first_values is None:
             with self.accelerator.autocast():
-                values = self.critic.module(*piece.text)
+                values = critic(*piece.text)
         else:
             values, self.first_values = self.first_values[piece.group, : mask.shape[1]], None
         error = value_loss(values, piece.values, piece.credit.returns, mask, cliprange_value=limit, denominator=tokens)
@@ -290,7 +236,7 @@ class _Step:
         return torch.stack([error.detach(), (moved & mask).sum() / tokens])
 
     def _reinforce(
-        self, piece: "_Piece", weight: float, *, behaviour: Float[Tensor, "B T"], steps: Float[Tensor, ""], moved: bool
+        self, piece: "_Piece", weight: float, *, behaviour: Float[Tensor, "B T"], counts: Tensor, moved: bool
     ) -> Float[Tensor, " 5"]:
         """Add the policy's gradients; return its loss, what is measured of its ratio, and the largest ratio."""
         config, mask, ids = self.config, piece.mask, piece.credit.macro_ids
@@ -305,31 +251,35 @@ class _Step:
             piece.credit.advantages,
             mask,
             cliprange=config.cliprange,
+            cliprange_high=config.cliprange_high,
+            clip=config.clip,
             ratio=config.ratio,
             macro_ids=ids,
-            denominator=steps,
+            aggregation=config.aggregation,
+            denominator=counts[2],
         )
         self.accelerator.backward(surprise * weight)
         ratio, exists = importance_ratio(logprobs.detach(), old, mask, granularity=config.ratio, macro_ids=ids)
-        stats = _ratio_sums(ratio, exists, config.cliprange) / steps
-        return torch.cat([surprise.detach()[None], stats, torch.where(exists, ratio, 0).max()[None]])
+        measured = _ratio_means(ratio, exists, logprobs.detach() - old, mask, config=config, counts=counts)
+        return torch.cat([surprise.detach()[None], measured, torch.where(exists, ratio, 0).max()[None]])
 
     def _advance(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Step both optimizers, unless the numbers are not finite or the policy has moved far enough."""
+        """Step the optimizers, unless the numbers are not finite or the policy has moved far enough."""
+        learners = {"policy": self.policy} | ({} if self.critic is None else {"value": self.critic})
         norms = {
             f"{name}/grad_norm": float(
                 self.accelerator.clip_grad_norm_(learner.module.parameters(), self.config.max_grad_norm)  # type: ignore[arg-type]
             )
-            for name, learner in (("policy", self.policy), ("value", self.critic))
+            for name, learner in learners.items()
         }
-        finite = all(map(_is_finite, (metrics["policy/loss"], metrics["value/loss"], *norms.values())))
+        finite = all(map(_is_finite, (*(metrics[f"{name}/loss"] for name in learners), *norms.values())))
         far = self.config.target_kl is not None and metrics["policy/approx_kl"] > self.config.target_kl
         self.stopped = finite and far
         if finite and not far:
-            self.policy.optimizer.step()
-            self.critic.optimizer.step()
+            for learner in learners.values():
+                learner.optimizer.step()
             self.taken += 1
-        for learner in (self.policy, self.critic):
+        for learner in learners.values():
             learner.optimizer.zero_grad(set_to_none=True)
         self.skipped += not finite
         return norms
@@ -344,10 +294,24 @@ def _text(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return trim(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
 
 
-def _ratio_sums(ratio: Float[Tensor, "B N"], steps: torch.Tensor, cliprange: float) -> Float[Tensor, " 3"]:
-    """Sum the ratio, whether it would be clipped, and the k3 estimate of the divergence, over steps that exist."""
-    kinds = (ratio, ((ratio - 1).abs() > cliprange).float(), ratio - 1 - ratio.log())
-    return torch.stack([torch.where(steps, kind, 0).sum() for kind in kinds])
+def _ratio_means(
+    ratio: Float[Tensor, "B N"],
+    steps: Bool[Tensor, "B N"],
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    config: PPOConfig,
+    counts: Float[Tensor, " 3"],
+) -> Float[Tensor, " 3"]:
+    """Measure these rows' part of the mean ratio, of what lies outside the clip range, and of the k3 estimate."""
+    low, high = config.clip_range
+    kinds = [(ratio, steps, counts[0])]
+    if config.clip == "token":
+        kinds.append(((log_ratio < -low) | (log_ratio > high), mask, counts[1]))
+    else:
+        kinds.append(((1 - ratio > low) | (ratio - 1 > high), steps, counts[0]))
+    kinds.append((ratio - 1 - ratio.log(), steps, counts[0]))
+    return torch.stack([torch.where(where, kind.float(), 0).sum() / count for kind, where, count in kinds])
 
 
 def _minibatches(
