@@ -332,6 +332,29 @@ def test_a_setting_of_the_class_of_a_file_is_changed_alone(config: Path) -> None
     assert chosen["init_args"] == {"n": 4}
 
 
+@pytest.mark.parametrize("path", ["GRPO", "apportion.GRPO", "apportion.credit.groups.GRPO"])
+def test_an_estimator_is_chosen_by_short_name_or_dotted_path(path: str) -> None:
+    chosen = resolved("ppo", "--config", "reviews", "--credit.advantage", path, "--credit.advantage.group_size", 4)
+    assert chosen["credit"]["advantage"]["class_path"].endswith(".GRPO")
+    assert chosen["credit"]["advantage"]["init_args"] == {"group_size": 4}
+
+
+def test_settings_of_the_default_estimator_need_not_name_it(config: Path) -> None:
+    flags = resolved("ppo", "--config", config, "--credit.advantage.lam", 0.5)["credit"]["advantage"]
+    second = write_yaml(config.with_name("second.yaml"), {"credit": {"advantage": {"lam": 0.5}}})
+    assert resolved("ppo", "--config", config, "--config", second)["credit"]["advantage"] == flags
+    assert flags["class_path"].endswith(".GAE")
+    assert flags["init_args"] == {"gamma": 1.0, "lam": 0.5, "per": "action"}
+
+
+def test_groups_that_do_not_fit_are_refused_in_one_line(config: Path) -> None:
+    given = ("ppo", "--config", config, "--data.path", "x.jsonl", "--credit.advantage", "RLOO")
+    told = refusal(apportion(*given, "--batch_size", 12))
+    assert "batch_size is 12 responses, not a multiple of the 8 that RLOO compares (group_size); change one" in told
+    told = refusal(apportion(*given, "--credit.redistribution", "PrefixDifference"))
+    assert "redistribution is PrefixDifference, whose differences may be negative" in told
+
+
 def test_classes_nest(config: Path) -> None:
     inner = ("--credit.redistribution.inner", "Attention", "--credit.redistribution.inner.beta", 0.3)
     chosen = resolved("ppo", "--config", config, "--credit.redistribution", "Shuffled", *inner)["credit"][

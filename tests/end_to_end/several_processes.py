@@ -13,7 +13,17 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from apportion import Attention, CreditConfig, EveryToken, PPOConfig, PPOTrainer, Sampling
+from apportion import (
+    GRPO,
+    Attention,
+    CreditConfig,
+    EveryToken,
+    PPOConfig,
+    PPOTrainer,
+    ReinforcePlusPlus,
+    Sampling,
+    WholeResponse,
+)
 from families import classifier
 from trainers import HELD_OUT, data, trainer
 
@@ -31,6 +41,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "attention and scaled scores": {
         "credit": replace(CREDIT, redistribution=Attention(), termination=EveryToken()),
         "scale_scores": True,
+    },
+    "groups": {
+        "credit": replace(CREDIT, advantage=GRPO(group_size=4), redistribution=Attention()),
+        "ppo": PPOConfig(loss_aggregation="sequence_mean", num_mini_batches=3, micro_batch_tokens=40),
+    },
+    "reward to go": {"credit": replace(CREDIT, advantage=ReinforcePlusPlus(gamma=0.9))},
+    "whitened groups": {
+        "credit": replace(CREDIT, advantage=ReinforcePlusPlus(group_size=2), termination=WholeResponse()),
+        "ppo": PPOConfig(ratio="macro_mean", clip="token", loss_aggregation="constant", num_ppo_epochs=2),
     },
     "gradient checkpointing": {"gradient_checkpointing": True},
     "adapters": {},

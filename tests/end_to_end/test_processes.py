@@ -20,6 +20,9 @@ NAMES = (
     "rows",
     "macro ratio in small micro-batches",
     "attention and scaled scores",
+    "groups",
+    "reward to go",
+    "whitened groups",
     "gradient checkpointing",
     "adapters",
     "stopped and resumed",
@@ -61,9 +64,21 @@ def test_two_processes_give_the_parameters_and_metrics_of_one(tmp_path: Path) ->
             assert y == pytest.approx(x, abs=2e-4, rel=2e-4), name
 
 
+SHARED = "from pathlib import Path; from trainers import trainer; from apportion import *; trainer(Path('x'), "
+
+
 @pytest.mark.slow
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from trainers import trainer; trainer(Path('x'), batch_size=3)"
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (SHARED + "batch_size=3)", "batch_size is 3, not a multiple of the 2 processes"),
+        (
+            SHARED + "batch_size=12, credit=CreditConfig(advantage=RLOO(group_size=4)))",
+            "would have 6, not a multiple of the 4 responses of a group; choose a multiple of 8",
+        ),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(code: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "odd.py"]
@@ -71,4 +86,4 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
         command, capture_output=True, text=True, timeout=200, check=False, env=environment, cwd=tmp_path
     )
     assert result.returncode != 0
-    assert "batch_size is 3, not a multiple of the 2 processes" in result.stderr
+    assert message in result.stderr
