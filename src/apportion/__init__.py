@@ -13,19 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from apportion.batch import Credit, Rollout, Scores
+    from apportion.batch import AttentionRequest, Credit, Needs, Rollout, Scores
     from apportion.credit.advantages import GAE, AdvantageEstimator, gae
     from apportion.credit.assign import CreditConfig, assign_credit
+    from apportion.credit.attention import Attention, PolicyAttention
     from apportion.credit.groups import GRPO, RLOO, DrGRPO
     from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
-    from apportion.credit.redistribution import (
-        Attention,
-        PrefixDifference,
-        Redistribution,
-        Shuffled,
-        Terminal,
-        Uniform,
-    )
+    from apportion.credit.mixture import Mixture, Shuffled, Weighted
+    from apportion.credit.redistribution import PrefixDifference, Redistribution, Terminal, Uniform
     from apportion.credit.reinforce import ReinforcePlusPlus
     from apportion.credit.rewards import token_level_rewards
     from apportion.credit.termination import (
@@ -51,15 +46,19 @@ __all__ = [
     "RLOO",
     "AdvantageEstimator",
     "Attention",
+    "AttentionRequest",
     "Credit",
     "CreditConfig",
     "DrGRPO",
     "EveryToken",
     "FixedNgram",
+    "Mixture",
+    "Needs",
     "PPOArguments",
     "PPOConfig",
     "PPOTrainer",
     "Perplexity",
+    "PolicyAttention",
     "PrefixDifference",
     "RandomizedNgram",
     "Redistribution",
@@ -72,6 +71,7 @@ __all__ = [
     "Terminal",
     "TerminationCondition",
     "Uniform",
+    "Weighted",
     "WholeResponse",
     "assign_credit",
     "gae",
@@ -99,6 +99,8 @@ _HOMES = (
     "credit.groups",
     "credit.reinforce",
     "credit.redistribution",
+    "credit.attention",
+    "credit.mixture",
     "credit.rewards",
     "credit.termination",
     "credit.token_weights",

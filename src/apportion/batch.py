@@ -1,4 +1,4 @@
-"""What flows through the program: prompts, rollouts, scores and credit, as frozen groups of tensors.
+"""What flows through the program: prompts, rollouts, scores and credit, as frozen groups of tensors, and what is asked.
 
 Axes: B rows, P prompt tokens, T response tokens. Prompts are padded on the left, responses on the right; an end-of-text
 token is a response token even where the padding token is the same one.
@@ -6,7 +6,7 @@ token is a response token even where the padding token is the same one.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,13 +84,92 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionRequest:
+    """Which attention to response tokens a redistribution reads: one layer, some heads, some rows, averaged.
+
+    Attributes:
+        layer: Layer number, negative from the end; None for the last full-attention layer.
+        heads: Heads that are averaged, from 0; None for all.
+        row: Queries that are averaged: "read", the position where the reward head reads; "last", the last response
+            token; "mean", for each token the response tokens from it on that see it.
+        before_last: Whether the last response token is no query, as while sampling, where it is never fed back.
+
+    Raises:
+        ValueError: If the row is unknown, or the heads are none, negative or twice the same.
+    """
+
+    layer: int | None = None
+    heads: tuple[int, ...] | None = None
+    row: Literal["read", "last", "mean"] = "read"
+    before_last: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what names no attention."""
+        if self.row not in ("read", "last", "mean"):
+            raise ValueError(f"row is {self.row!r}; choose 'read', 'last' or 'mean'")
+        if self.heads is not None and (not self.heads or min(self.heads) < 0 or len({*self.heads}) < len(self.heads)):
+            raise ValueError(f"heads is {self.heads}; list heads from 0, each once, or None for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a redistribution has to be given besides the scores, under the names of `Scores`.
+
+    Attributes:
+        attention: Attention of the reward model; None for no need of it.
+        policy_attention: Attention of the policy; None for no need of it.
+        prefix_scores: Whether the reward head is to be read at every prefix.
+    """
+
+    attention: AttentionRequest | None = None
+    policy_attention: AttentionRequest | None = None
+    prefix_scores: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """Ask for what either asks for.
+
+        Raises:
+            ValueError: If the two ask for different attention of one model: there is room for one.
+        """
+        for name in ("attention", "policy_attention"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if None not in (ours, theirs) and ours != theirs:
+                raise ValueError(f"{name} is asked for as {ours} and as {theirs}; give all the same layer, heads, row")
+        return replace(
+            self,
+            attention=self.attention or other.attention,
+            policy_attention=self.policy_attention or other.policy_attention,
+            prefix_scores=self.prefix_scores or other.prefix_scores,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields of `Scores` that are needed."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name))
+
+    @property
+    def of_reward(self) -> "Needs":
+        """What of this the reward has to supply; the rest is the policy's."""
+        return replace(self, policy_attention=None)
+
+
+NOTHING = Needs()
+"""No need of anything but scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the reward said of each response, and what a redistribution asked it for besides.
+    """What the reward said of each response, and what a redistribution asked for besides.
+
+    The policy's attention stands here, not in `Rollout`: it is read only where a redistribution asks for it, and is
+    then used up with the scores; a rollout holds what every method needs.
 
     Attributes:
         scores: (B) float. One number a response.
         attention: (B, T) float or None. Attention that the reward model pays to each response token when it reads
             its score; not negative, of any sum.
+        policy_attention: (B, T) float or None. Attention that the policy pays to each token of its own response; not
+            negative, of any sum.
         prefix_scores: (B, T + 1) float or None. The reward head read after the prompt (entry 0) and after each
             response token (entry t + 1 for token t).
 
@@ -100,13 +179,14 @@ class Scores:
 
     scores: Float[Tensor, " B"]
     attention: Float[Tensor, "B T"] | None = None
+    policy_attention: Float[Tensor, "B T"] | None = None
     prefix_scores: Float[Tensor, "B T1"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
         if self.scores.ndim != 1:
             raise ValueError(f"scores has shape {tuple(self.scores.shape)}; give one number a response, (B,)")
-        for name in ("attention", "prefix_scores"):
+        for name in ("attention", "policy_attention", "prefix_scores"):
             tensor = getattr(self, name)
             if tensor is not None and len(tensor) != len(self.scores):
                 raise ValueError(f"{name} has {len(tensor)} rows; scores has {len(self.scores)}")

@@ -20,7 +20,7 @@ from apportion import (
     Uniform,
     macro_ids,
 )
-from apportion.credit.redistribution import attention_fallbacks
+from apportion.credit.attention import attention_fallbacks
 from apportion.masked import ranks
 from batches import (
     mask_of,

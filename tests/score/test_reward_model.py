@@ -16,12 +16,12 @@ from transformers import (
 )
 
 import apportion.score.attention
-from apportion.batch import Prompts, Scores
+from apportion.batch import NOTHING, AttentionRequest, Needs, Prompts, Scores
 from apportion.rollout import Responses
 from apportion.score.reward_model import FunctionReward, RewardModel, decode
 from families import EOS, PAD, classifier, prompts_of
 
-BOTH = frozenset({"attention", "prefix_scores"})
+BOTH = Needs(attention=AttentionRequest(), prefix_scores=True)
 PROMPTS = ([5, 6, 7, 8], [20, 21], [30, 31, 32], [9])
 RESPONSES = ([11, 12, 13, EOS], [14, EOS], [15, 16, 17, 18, 19], [EOS])
 READABLE = ("the film is good </s>", "plot was not very dull and bad </s>", "the </s>", "good good .")
@@ -163,16 +163,16 @@ def test_a_template_makes_the_model_read_the_text_that_it_returns(
         assert min(float((found[row] - score).abs()) for score in scores) < 1e-5
 
 
-@pytest.mark.parametrize("needs", [frozenset(), frozenset({"prefix_scores"})])
+@pytest.mark.parametrize("needs", [NOTHING, Needs(prefix_scores=True)])
 def test_no_attention_is_computed_when_nobody_needs_it(
-    needs: frozenset[str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    needs: Needs, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """abc.md section 10 row 19: every method paid for the maps of all layers."""
     monkeypatch.setattr(apportion.score.attention, "attention_row", None)  # to call it is an error
     reward = reward_of(classifier("llama"), tokenizer)
     found = reward(prompts_of(*PROMPTS), responses_of(*RESPONSES), needs)
     assert found.attention is None
-    assert (found.prefix_scores is not None) is bool(needs)
+    assert (found.prefix_scores is not None) is needs.prefix_scores
     with pytest.raises(TypeError):
         reward(prompts_of(*PROMPTS), responses_of(*RESPONSES), BOTH)
 
@@ -266,7 +266,7 @@ def test_a_function_is_refused_where_attention_is_needed(tokenizer: PreTrainedTo
         return [0.0] * 4
 
     with pytest.raises(ValueError, match="needs attention of a reward model; stars is a function"):
-        FunctionReward(stars, tokenizer)(*readable(tokenizer), frozenset({"attention"}))
+        FunctionReward(stars, tokenizer)(*readable(tokenizer), Needs(attention=AttentionRequest()))
 
 
 def test_decoded_responses_hold_neither_padding_nor_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -55,7 +55,10 @@ def test_settings_are_written_as_the_command_line_reads_them() -> None:
         "init_args": {"lengths": [2, 3], "repeats": 3, "seed": 0},
     }
     inner = found["credit"]["redistribution"]["init_args"]["inner"]
-    assert inner == {"class_path": "apportion.credit.redistribution.Attention", "init_args": {"beta": 0.5}}
+    assert inner == {
+        "class_path": "apportion.credit.attention.Attention",
+        "init_args": {"beta": 0.5, "layer": None, "heads": None, "row": "read"},
+    }
 
 
 def test_other_settings_give_other_text_and_the_same_the_same() -> None:

@@ -10,9 +10,19 @@ from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.advantages import GAE, AdvantageEstimator, Earnings
+from apportion.credit.attention import Attention, PolicyAttention
 from apportion.credit.groups import GRPO, RLOO, DrGRPO
 from apportion.credit.macro_actions import Pooling, macro_ids, pooling_weights, sum_over_actions, to_tokens
-from apportion.credit.redistribution import Redistribution, Terminal
+from apportion.credit.mixture import Mixture, Shuffled
+from apportion.credit.redistribution import (
+    PrefixDifference,
+    Redistribution,
+    Terminal,
+    Uniform,
+    check_redistribution,
+    needs_of,
+    place,
+)
 from apportion.credit.reinforce import ReinforcePlusPlus
 from apportion.credit.rewards import token_level_rewards
 from apportion.credit.termination import FixedNgram, Perplexity, RandomizedNgram, TerminationCondition
@@ -23,6 +33,10 @@ ESTIMATORS: tuple[type[AdvantageEstimator], ...] = (GAE, RLOO, GRPO, DrGRPO, Rei
 """What `advantage` knows by a short name; estimators of your own are chosen by their dotted path."""
 
 Condition = TerminationCondition | Callable[[Rollout], Tensor]
+REDISTRIBUTIONS: tuple[type[Redistribution], ...] = (
+    *(Terminal, Uniform, Attention, PolicyAttention, PrefixDifference, Shuffled, Mixture),
+)
+"""What `redistribution` knows by a short name; your own are chosen by their dotted path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +46,10 @@ class CreditConfig:
     Attributes:
         termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool (on the command line,
             a class derived from `TerminationCondition`).
-        redistribution: Where the score lands; with an estimator that adds up a response's rewards (RLOO, GRPO, Dr.GRPO,
-            REINFORCE++ with groups), how much each token weighs (`token_weights`).
+        redistribution: Where the score lands; one of ours, or any callable `(rollout, scores, *, gamma, steps)` that
+            returns (B, T) float (on the command line, a class or function by its dotted path). With an estimator that
+            adds up a response's rewards (RLOO, GRPO, Dr.GRPO, REINFORCE++ with groups), how much each token weighs
+            (`token_weights`).
         advantage: From rewards, and values where it has a critic, to advantages.
         macro_value: How the values inside a macro action are pooled (`pooling_weights`).
         macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value` as
@@ -51,7 +67,7 @@ class CreditConfig:
     """
 
     termination: Condition = field(default_factory=FixedNgram)
-    redistribution: Redistribution = field(default_factory=Terminal)
+    redistribution: Redistribution | Callable = field(default_factory=Terminal)
     advantage: AdvantageEstimator = field(default_factory=GAE)
     macro_value: Pooling = "equal"
     macro_reward: Literal["sum", "mean"] = "sum"
@@ -71,6 +87,7 @@ class CreditConfig:
             raise ValueError(f"kl_coef is {self.kl_coef}; choose a number of at least 0 (0 switches the penalty off)")
         if self.score_clamp is not None and not self.score_clamp > 0:
             raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
+        check_redistribution(self.redistribution)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -80,7 +97,7 @@ class CreditConfig:
         for f in fields(self):
             if f.name in unread and (value := getattr(self, f.name)) != f.default:
                 raise ValueError(f"{f.name} is {value!r}, which {estimator} here does not read; leave it out")
-        if self.advantage.sums_rewards and "prefix_scores" in self.redistribution.needs:
+        if self.advantage.sums_rewards and needs_of(self.redistribution).prefix_scores:
             raise ValueError(
                 f"redistribution is {type(self.redistribution).__name__}, whose differences may be negative and cannot "
                 f"weigh the tokens of {estimator}, which adds up rewards; choose Attention or Uniform, or an estimator "
@@ -132,8 +149,8 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
         group where the estimator has groups, unless advantages are whitened.
 
     Raises:
-        ValueError: If `scores` lacks what the redistribution needs or has other rows, the condition answers in
-            another form than (B, T) bool, or the rows are no whole groups.
+        ValueError: If `scores` lacks what the redistribution needs or has other rows, the condition answers in another
+            form than (B, T) bool, the redistribution in another than (B, T) float, or the rows are no whole groups.
 
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3; ABC (https://arxiv.org/abs/2402.00782), section 3.
@@ -144,7 +161,7 @@ def assign_credit(rollout: Rollout, scores: Scores, config: CreditConfig, *, red
     gamma, steps = estimator.discounting(ids)
     # What is added up anyway stays whole: parts of equal scores would differ by rounding, which GRPO would magnify.
     placed = Terminal() if estimator.sums_rewards else config.redistribution
-    token_scores = placed(rollout, scores, gamma=gamma, steps=steps)
+    token_scores = place(placed, rollout, scores, gamma=gamma, steps=steps)
     rewards = token_level_rewards(
         token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef=config.kl_coef
     )

@@ -11,18 +11,22 @@ without the factor, early tokens would be paid more than the score is worth).
 Is it fair to the policy? A redistribution is *causal* when the sum paid so far is a function of the prefix: it is then
 potential-based shaping, and leaves the order of actions in every state as it was. It is *retrospective* when what a
 token is paid depends on what came later: the return of a whole response is kept, but reward-to-go is not
-(docs/method.md).
+(docs/method.md). Each class says which it is, and `causal` says it to programs.
+
+Those that follow attention are in `credit.attention`, those that are made of others in `credit.mixture`. Any callable
+of the same signature can stand in the place of one (`place`).
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.batch import Rollout, Scores
-from apportion.credit.row_keys import row_keys
+from apportion.batch import NOTHING, Needs, Rollout, Scores
 from apportion.masked import is_last, ranks
 
 
@@ -31,9 +35,14 @@ class Redistribution(ABC):
     """Spread the score of each response over its tokens; derive from it to choose one by name on the command line."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the reward has to supply besides the scores: any of "attention" and "prefix_scores"."""
-        return frozenset()
+    def needs(self) -> Needs:
+        """What has to be supplied besides the scores."""
+        return NOTHING
+
+    @property
+    def causal(self) -> bool:
+        """Whether the sum paid up to each token is a function of the prefix up to there."""
+        return False
 
     @property
     def weight(self) -> float:
@@ -81,13 +90,70 @@ class Redistribution(ABC):
         rows, tokens = rollout.response_mask.shape
         if len(scores.scores) != rows:
             raise ValueError(f"scores has {len(scores.scores)} entries; there are {rows} responses, score each")
-        wanted = {"attention": (rows, tokens), "prefix_scores": (rows, tokens + 1)}
-        for name in sorted(self.needs):
-            tensor = getattr(scores, name)
+        for name in self.needs.names:
+            tensor, wanted = getattr(scores, name), (rows, tokens + (name == "prefix_scores"))
             if tensor is None:
-                raise ValueError(f"{type(self).__name__} needs Scores.{name}, which is None; ask the reward for it")
-            if tensor.shape != wanted[name]:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the responses need {wanted[name]}")
+                source = "read it off the policy" if name == "policy_attention" else "ask the reward for it"
+                raise ValueError(f"{type(self).__name__} needs Scores.{name}, which is None; {source}")
+            if tensor.shape != wanted:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the responses need {wanted}")
+
+
+def place(
+    redistribution: Redistribution | Callable,
+    rollout: Rollout,
+    scores: Scores,
+    *,
+    gamma: float = 1.0,
+    steps: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """Spread scores by a redistribution of ours or by any callable of the same signature.
+
+    Args:
+        redistribution: Called as `redistribution(rollout, scores, gamma=gamma, steps=steps)`.
+        rollout: The responses.
+        scores: Their scores, with what `needs` names.
+        gamma: Discount of a step.
+        steps: (B, T) int64. The step in which each token is paid; by default every token is a step.
+
+    Returns:
+        (B, T) float32. What a user's callable says outside of the response is dropped.
+
+    Raises:
+        ValueError: If a callable answers in another form than (B, T) float.
+    """
+    placed = redistribution(rollout, scores, gamma=gamma, steps=steps)
+    if isinstance(redistribution, Redistribution):
+        return placed
+    mask = rollout.response_mask
+    if not isinstance(placed, Tensor) or not placed.is_floating_point() or placed.shape != mask.shape:
+        answer = f"{placed.dtype} {tuple(placed.shape)}" if isinstance(placed, Tensor) else type(placed).__name__
+        raise ValueError(f"the redistribution returned {answer}; return (B, T) float, here {tuple(mask.shape)}")
+    return torch.where(mask, placed.float(), 0)
+
+
+def needs_of(redistribution: Redistribution | Callable) -> Needs:
+    """Say what a redistribution needs besides the scores; a user's callable may have an attribute `needs`."""
+    return getattr(redistribution, "needs", NOTHING)
+
+
+def check_redistribution(redistribution: object) -> None:
+    """Refuse what cannot be called as a redistribution, before any work.
+
+    Raises:
+        ValueError: If it is not callable as `redistribution(rollout, scores, gamma=..., steps=...)`, or its `needs` are
+            of another kind.
+    """
+    name = getattr(redistribution, "__name__", type(redistribution).__name__)
+    try:
+        if not callable(redistribution):
+            raise TypeError("it is not callable")
+        inspect.signature(redistribution).bind(None, None, gamma=1.0, steps=None)
+    except TypeError as error:
+        call = "(rollout, scores, *, gamma, steps)"
+        raise ValueError(f"{name} is no redistribution ({error}); give a callable {call} -> (B, T)") from error
+    if not isinstance(needs_of(redistribution), Needs):
+        raise ValueError(f"{name}.needs is {needs_of(redistribution)!r}; give it an apportion.Needs")
 
 
 def at_end(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -120,15 +186,24 @@ def _steps_to_next(mask: Bool[Tensor, "B T"], steps: Int[Tensor, "B T"]) -> Int[
     return torch.where(mask & ~is_last(mask), following - steps, 0)
 
 
-def _check_beta(beta: float) -> None:
-    """Refuse a number that is not a weight."""
+def check_beta(beta: float) -> None:
+    """Refuse a number that is not a weight.
+
+    Raises:
+        ValueError: If it lies outside [0, 1].
+    """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; choose a number in [0, 1], the part of the score that is spread")
 
 
 @dataclass(frozen=True)
 class Terminal(Redistribution):
-    """Leave the whole score on the last token, as RLHF does. Causal."""
+    """Leave the whole score on the last token, as RLHF does. Causal: nothing is paid before the end."""
+
+    @property
+    def causal(self) -> bool:
+        """True."""
+        return True
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Give everything to the last valid token."""
@@ -153,7 +228,7 @@ class Uniform(Redistribution):
 
     def __post_init__(self) -> None:
         """Refuse a beta that is not a weight."""
-        _check_beta(self.beta)
+        check_beta(self.beta)
 
     @property
     def weight(self) -> float:
@@ -164,81 +239,6 @@ class Uniform(Redistribution):
         """Give every valid token the same."""
         mask = rollout.response_mask
         return torch.where(mask, scores.scores.float()[:, None] / mask.sum(1, keepdim=True).clamp(min=1), 0)
-
-
-@dataclass(frozen=True)
-class Attention(Redistribution):
-    """Spread beta of the score by the attention that the reward model pays when it reads its score: ABC.
-
-    Retrospective. With a_t the attention of the reward model's last full-attention layer at the position of its
-    read-out, averaged over heads, and cut to the response:
-
-        share_t = R * a_t / sum_i a_i
-
-    A row without attention on its response, or with NaN or an infinity among it, keeps its score on the last token;
-    `attention_fallbacks` counts such rows.
-
-    Attributes:
-        beta: The part of the score that is spread, in [0, 1].
-
-    Raises:
-        ValueError: If beta lies outside [0, 1].
-
-    Source:
-        ABC (https://arxiv.org/abs/2402.00782), section 3; beta = 0.8 in its published runs.
-    """
-
-    beta: float = 0.8
-
-    def __post_init__(self) -> None:
-        """Refuse a beta that is not a weight."""
-        _check_beta(self.beta)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The reward model's attention."""
-        return frozenset({"attention"})
-
-    @property
-    def weight(self) -> float:
-        """Beta."""
-        return self.beta
-
-    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
-        """Give each token its part of the attention."""
-        assert scores.attention is not None  # __call__ has checked; for the type checker
-        mask = rollout.response_mask
-        attention, mass = _attention_and_mass(scores.attention, mask)
-        alpha = torch.where(mass > 0, attention / torch.where(mass > 0, mass, 1), is_last(mask).float())
-        return torch.where(mask, scores.scores.float()[:, None] * alpha, 0)
-
-
-def _attention_and_mass(
-    attention: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B 1"]]:
-    """Scale each row by its largest attention, so that no sum overflows, and sum it; 0 where that is not finite."""
-    attention = torch.where(mask, attention.float(), 0)
-    largest = torch.nn.functional.pad(attention, (0, 1)).amax(1, keepdim=True)
-    attention = attention / torch.where(largest > 0, largest, 1)
-    mass = attention.sum(1, keepdim=True)
-    return attention, torch.where(mass.isfinite(), mass, 0)
-
-
-def attention_fallbacks(rollout: Rollout, scores: Scores) -> Int[Tensor, ""]:
-    """Count the responses with no attention, or one that is not finite: there `Attention` acts as `Terminal`.
-
-    Args:
-        rollout: The responses.
-        scores: Their scores; without attention there is nothing to fall back from.
-
-    Returns:
-        () int64. Empty responses are not counted.
-    """
-    mask = rollout.response_mask
-    if scores.attention is None:
-        return mask.new_zeros((), dtype=torch.long)
-    mass = _attention_and_mass(scores.attention, mask)[1][:, 0]
-    return (mask.any(1) & (mass <= 0)).sum()
 
 
 @dataclass(frozen=True)
@@ -274,12 +274,17 @@ class PrefixDifference(Redistribution):
 
     def __post_init__(self) -> None:
         """Refuse a beta that is not a weight."""
-        _check_beta(self.beta)
+        check_beta(self.beta)
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The reward head at every prefix."""
-        return frozenset({"prefix_scores"})
+        return Needs(prefix_scores=True)
+
+    @property
+    def causal(self) -> bool:
+        """True."""
+        return True
 
     @property
     def weight(self) -> float:
@@ -313,44 +318,3 @@ class PrefixDifference(Redistribution):
         latest = torch.where(mask, columns, 0).cummax(1).values
         previous = torch.nn.functional.pad(latest, (1, 0))[:, :-1]
         return torch.cat([prompt, after], 1).gather(1, previous), after
-
-
-@dataclass(frozen=True)
-class Shuffled(Redistribution):
-    """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
-
-    The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
-    (`row_keys`). Retrospective.
-
-    With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
-    discounted sum is gamma^(n-1) times its sum. For `PrefixDifference` that is gamma^(n-1) * (R - beta * p_0), while
-    the original has gamma^(n-1) * R - beta * p_0: compare the two at gamma = 1, or with `from_prompt=False`.
-
-    Attributes:
-        inner: The redistribution whose shares are permuted.
-        seed: Another seed gives other permutations.
-
-    Source:
-        Control 3 for ABC (https://arxiv.org/abs/2402.00782): is it the attention, or merely dense reward?
-    """
-
-    inner: Redistribution
-    seed: int = 0
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the inner redistribution needs."""
-        return self.inner.needs
-
-    @property
-    def weight(self) -> float:
-        """The weight of the inner redistribution."""
-        return self.inner.weight
-
-    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
-        """Permute the inner shares over the valid tokens."""
-        mask = rollout.response_mask
-        place = ranks(mask).clamp(min=0)
-        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
-        source = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1).gather(1, place)
-        return torch.where(mask, self.inner.shares(rollout, scores).gather(1, source), 0)

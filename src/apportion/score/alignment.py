@@ -49,6 +49,13 @@ class Alignment:
     links: Int[Tensor, "3 L"]
     shares: Float[Tensor, " L"]
 
+    @property
+    def answer(self) -> Bool[Tensor, "B K"]:
+        """(B, K) bool. Reward tokens that share text with the response, or stand for its end."""
+        marked = torch.zeros_like(self.attention_mask)
+        marked[self.links[0], self.links[1]] = True
+        return marked
+
     def to_policy(self, rows: Float[Tensor, "B K"]) -> Float[Tensor, "B T"]:
         """Carry weights of the reward model's tokens to the policy's.
 

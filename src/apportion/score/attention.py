@@ -12,6 +12,7 @@ Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which reads the ro
 import functools
 import inspect
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,23 +23,77 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from apportion.score.attention_row import attention_row, mask_row, take_query
+from apportion.batch import AttentionRequest
+from apportion.score.attention_row import attention_row, check_heads, head_mean, mask_row, take_queries
 
-_CAPTURE = "_apportion_captured_row"
+_CAPTURE = "_apportion_captured"
 _FULL_ATTENTION = ("full_attention", "global")
 _lock = threading.Lock()
 
 
-class CapturedRow:
+class Captured(ABC):
+    """What a capture reads of one attention layer; empty until the model has run under it."""
+
+    _weights: Tensor | None = None
+
+    @property
+    def weights(self) -> Float[Tensor, "B K"]:
+        """Return what was captured.
+
+        Raises:
+            RuntimeError: If the chosen attention layer has not run under the capture.
+        """
+        if self._weights is None:
+            raise RuntimeError(
+                "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
+                "run, its attention layer bypasses the registered function: load it with attn_implementation='eager'"
+            )
+        return self._weights
+
+    @torch.compiler.disable  # a compiled model breaks its graph here, and only while it is captured
+    @torch.no_grad()
+    def observe(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B G K D"],
+        mask: Tensor | BlockMask | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Compute the weights from the arguments of an attention function; a later call replaces an earlier one."""
+        self._weights = self.of_arguments(module, query, key, mask, options)
+
+    @torch.no_grad()
+    def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
+        """Take the weights from full maps that an eager layer has formed anyway."""
+        self._weights = self.of_maps(maps)
+
+    @abstractmethod
+    def of_arguments(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B G K D"],
+        mask: Tensor | BlockMask | None,
+        options: dict[str, Any],
+    ) -> Float[Tensor, "B K"]:
+        """Compute the weights from what an attention function is called with."""
+
+    @abstractmethod
+    def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
+        """Compute the weights from the attention maps of a layer."""
+
+
+class CapturedRow(Captured):
     """Hold what `capture_row` captured; empty until the model has run.
 
     Attributes:
         read_index: (B,) int64. Column of the model's input whose attention is captured.
+        heads: Heads that are averaged; None for all.
     """
 
-    def __init__(self, read_index: Int[Tensor, "B"]) -> None:
-        self.read_index = read_index
-        self._row: Tensor | None = None
+    def __init__(self, read_index: Int[Tensor, "B"], heads: tuple[int, ...] | None = None) -> None:
+        self.read_index, self.heads = read_index, heads
 
     @property
     def row(self) -> Float[Tensor, "B K"]:
@@ -52,43 +107,33 @@ class CapturedRow:
         Raises:
             RuntimeError: If the chosen attention layer has not run under the capture.
         """
-        if self._row is None:
-            raise RuntimeError(
-                "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
-                "run, its attention layer bypasses the registered function: load it with attn_implementation='eager'"
-            )
-        return self._row
+        return self.weights
 
-    @torch.compiler.disable  # a compiled model breaks its graph here, and only while it is captured
-    @torch.no_grad()
-    def observe(
+    def of_arguments(
         self,
         module: nn.Module,
         query: Float[Tensor, "B H Q D"],
         key: Float[Tensor, "B G K D"],
         mask: Tensor | BlockMask | None,
         options: dict[str, Any],
-    ) -> None:
-        """Compute the row from the arguments of an attention function; a later call replaces an earlier one."""
+    ) -> Float[Tensor, "B K"]:
+        """Compute the row of one query."""
         index = self._columns(query.shape[0], query.shape[2], query.device)
-        bias = mask_row(mask, module, index, query.shape[2], key.shape[2], options)
-        position_bias = options.get("position_bias")
-        if position_bias is not None:
-            bias = bias + take_query(position_bias, index, query.shape[2], key.shape[2]).float()
-        self._row = attention_row(
+        return attention_row(
             query,
             key,
             index,
-            bias,
+            mask_row(mask, module, index, query.shape[2], key.shape[2], options),
+            heads=self.heads,
             scaling=options.get("scaling"),
             softcap=options.get("softcap"),
             sinks=options.get("s_aux"),
         )
 
-    def keep_row_of(self, maps: Float[Tensor, "B H Q K"]) -> None:
-        """Keep one row of full maps that an eager layer has formed anyway."""
-        index = self._columns(maps.shape[0], maps.shape[2], maps.device)
-        self._row = take_query(maps.detach(), index, maps.shape[2], maps.shape[3]).float().mean(dim=1)
+    def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
+        """Take the row of one query."""
+        index = self._columns(maps.shape[0], maps.shape[2], maps.device)[:, None]
+        return head_mean(take_queries(maps, index, maps.shape[2], maps.shape[3]), self.heads)[:, 0]
 
     def _columns(self, rows: int, columns: int, device: torch.device) -> Int[Tensor, "B"]:
         """Return read_index on the device of the layer, after checking it against the input's shape."""
@@ -106,42 +151,80 @@ class CapturedRow:
 
 
 @contextmanager
-def capture_row(model: nn.Module, read_index: Int[Tensor, "B"], layer: int | None = None) -> Iterator[CapturedRow]:
+def capture_row(
+    model: nn.Module,
+    read_index: Int[Tensor, "B"],
+    layer: int | None = None,
+    heads: tuple[int, ...] | None = None,
+) -> Iterator[CapturedRow]:
     """Capture one attention row of one layer while the model runs under its own kernel.
 
         with torch.no_grad(), capture_row(model, read_index) as captured:
             output = model(input_ids=input_ids, attention_mask=attention_mask)
         captured.row  # (B, K)
 
-    The model's output is the same to the bit as without the capture. Layers whose family takes no function from
-    transformers' AttentionInterface (GPT-J, Bloom) are read by a hook from the maps that they form themselves: float32
-    sums of weights in the model's dtype, and None in place of the map in what the layer returns.
+    See `capturing`.
 
     Args:
-        model: Any transformers model, also inside PEFT or another module. In eval mode.
+        model: Any transformers model, also inside PEFT or another module.
         read_index: (B,) int64. Column of `input_ids` at which the head reads.
         layer: Layer number, negative from the end. The default is the last full-attention layer: a sliding layer gives
             exactly zero to what lies outside of its window (Gemma 3 ends in one).
+        heads: Heads that are averaged; None for all.
 
     Yields:
         An empty CapturedRow, which the model's forward pass fills.
 
     Raises:
-        ValueError: If the model has no attention layer of that number, or read_index does not fit the input.
-        RuntimeError: If gradients are enabled, the model trains (dropout), or this layer is being captured already.
+        ValueError: If the model has no attention layer or head of that number, or read_index does not fit the input.
+        RuntimeError: If the model drops out, or this layer is being captured already.
     """
-    _refuse_training(model)
+    captured = CapturedRow(read_index, heads)
+    with capturing(model, captured, layer):
+        yield captured
+
+
+@contextmanager
+def capturing(model: nn.Module, captured: Captured, layer: int | None) -> Iterator[None]:
+    """Let a capture see one attention layer while the model runs under its own kernel.
+
+    The model's output is the same to the bit as without the capture, and so are its gradients: what is captured is
+    computed without one. Layers whose family takes no function from transformers' AttentionInterface (GPT-J, Bloom) are
+    read by a hook from the maps that they form themselves: float32 sums of weights in the model's dtype, and None in
+    place of the map in what the layer returns. With gradient checkpointing, leave the capture before the backward pass.
+
+    Args:
+        model: Any transformers model, also inside PEFT or another module.
+        captured: Is called by the layer.
+        layer: Layer number, negative from the end; None for the last full-attention layer.
+
+    Raises:
+        ValueError: If the model has no attention layer of that number.
+        RuntimeError: If the model drops out, or this layer is being captured already.
+    """
+    _refuse_dropout(model)
     attention = find_attention(model, layer)
     if getattr(attention, _CAPTURE, None) is not None:
         raise RuntimeError(f"this {type(attention).__name__} is being captured already: leave the outer capture first")
-    captured = CapturedRow(read_index)
     # An attribute of the module, not a context variable: torch.compile guards on the one and cannot trace the other.
     setattr(attention, _CAPTURE, captured)
     try:
         with _listening(attention, captured):
-            yield captured
+            yield
     finally:
         delattr(attention, _CAPTURE)
+
+
+def check_request(model: nn.Module, request: AttentionRequest) -> None:
+    """Refuse a request for attention that a model does not have, before it runs.
+
+    Raises:
+        ValueError: If there is no such layer, or no such head in it; it names those that there are.
+    """
+    attention = find_attention(model, request.layer)
+    count = getattr(getattr(attention, "config", None), "num_attention_heads", None)
+    if isinstance(count, int):
+        check_heads(request.heads, count)
 
 
 def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
@@ -157,7 +240,7 @@ def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
     """
     layers = _attention_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention layer with a layer_idx: use another reward model")
+        raise ValueError(f"{type(model).__name__} has no attention layer with a layer_idx: use another model")
     number = _default_layer(layers) if layer is None else layer
     number = number + max(layers) + 1 if number < 0 else number
     if number not in layers:
@@ -170,12 +253,17 @@ def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
     return layers[number][0]
 
 
-def _refuse_training(model: nn.Module) -> None:
-    """Raise unless the model runs in eval mode without gradients."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("capture_row needs gradients off: wrap it in torch.no_grad()")
-    if model.training:
-        raise RuntimeError("capture_row needs the model in eval mode (dropout would thin the row): call model.eval()")
+def _refuse_dropout(model: nn.Module) -> None:
+    """Raise where dropout would thin the rows."""
+    for module in model.modules():
+        rates = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
+        named = isinstance(module, nn.Dropout)
+        if module.training and any(
+            isinstance(rate, float) and rate > 0 and (named or "drop" in name) for name, rate in rates.items()
+        ):
+            raise RuntimeError(
+                f"{type(module).__name__} drops out, which would thin the row: call model.eval(), or set dropout to 0"
+            )
 
 
 def _attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -201,14 +289,14 @@ def _default_layer(layers: dict[int, list[nn.Module]]) -> int:
 
 
 @contextmanager
-def _listening(attention: nn.Module, captured: CapturedRow) -> Iterator[None]:
+def _listening(attention: nn.Module, captured: Captured) -> Iterator[None]:
     """Let the capture see the layer's attention: by a tap on its function, else by a hook on its maps."""
     slot = _function_slot(attention)
     if slot is not None:
         with _tapped(*slot):
             yield
         return
-    handle = attention.register_forward_hook(functools.partial(_keep_row, captured))
+    handle = attention.register_forward_hook(functools.partial(_keep_maps, captured))
     try:
         yield
     finally:
@@ -281,12 +369,12 @@ def _restore(functions: MutableMapping[str, Any], name: str, function: Callable[
         functions[name] = function
 
 
-def _keep_row(captured: CapturedRow, module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """Keep one row of the maps that an attention layer returns, and drop the maps."""
+def _keep_maps(captured: Captured, module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Keep what is wanted of the maps that an attention layer returns, and drop the maps."""
     result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
     if not isinstance(maps, Tensor) or maps.dim() != 4:
         raise RuntimeError(
-            f"{type(module).__name__} returned no attention map: load the reward model with attn_implementation='eager'"
+            f"{type(module).__name__} returned no attention map: load the model with attn_implementation='eager'"
         )
-    captured.keep_row_of(maps)
+    captured.keep(maps)
     return (result, None, *rest)

@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from apportion.batch import Prompts, Scores
+from apportion.batch import NOTHING, AttentionRequest, Needs, Prompts, Scores
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
 from apportion.rollout import Responses, trim, widths
 from apportion.score.alignment import Template, align, concatenation, usable_pad
-from apportion.score.attention import capture_row
+from apportion.score.attention import check_request
+from apportion.score.attention_columns import capture_attention
 
 RewardFunction = Callable[..., Sequence[float]]
 """`(prompts, completions, **columns) -> list[float]`, TRL's convention; columns are those of the data set."""
@@ -23,8 +24,8 @@ RewardFunction = Callable[..., Sequence[float]]
 class Reward(Protocol):
     """Anything that scores responses."""
 
-    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
-        """Score B responses; `needs` names what is wanted besides ("attention", "prefix_scores")."""
+    def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
+        """Score B responses; `needs` says what is wanted besides."""
         ...
 
 
@@ -40,15 +41,15 @@ class FunctionReward:
         self.function = function
         self.tokenizer = tokenizer
 
-    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+    def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
         """Score B responses.
 
         Raises:
             ValueError: If more than scores is wanted, or the function returns another count or a number that is not
                 finite.
         """
-        if needs:
-            wanted = " and ".join(sorted(needs))
+        if needs.names:
+            wanted = " and ".join(needs.names)
             raise ValueError(
                 f"the redistribution needs {wanted} of a reward model; {_name(self.function)} is a function"
             )
@@ -73,7 +74,6 @@ class RewardModel:
         policy_tokenizer: That of the responses.
         budget: Tokens that the model is given at once, padding included.
         template: From prompt and response to the text that the model reads; None for one after the other.
-        layer: Whose attention is read; None for the last with full attention.
     """
 
     def __init__(
@@ -84,51 +84,61 @@ class RewardModel:
         *,
         budget: int = 16_384,
         template: Template | None = None,
-        layer: int | None = None,
     ) -> None:
         head = score_head(model)
         if head.out_features != 1:
             raise ValueError(f"the reward model has {head.out_features} labels; give a sequence classifier with one")
         self.model, self.tokenizer, self.policy_tokenizer = model.eval(), tokenizer, policy_tokenizer
-        self.budget, self.template, self.layer = budget, template, layer
+        self.budget, self.template = budget, template
         self.same_tokens = template is None and same_vocabulary(tokenizer, policy_tokenizer)
         if not self.same_tokens:
             usable_pad(tokenizer)
 
-    def __call__(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+    def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
         """Score B responses."""
         read = self._read_tokens if self.same_tokens else self._read_text
         scores, attention, prefix_scores = read(prompts, responses, needs)
         return Scores(
             scores=checked(scores, "the reward model"),
-            attention=attention if "attention" in needs else None,
-            prefix_scores=prefix_scores if "prefix_scores" in needs else None,
+            attention=attention if needs.attention else None,
+            prefix_scores=prefix_scores if needs.prefix_scores else None,
         )
 
+    def check(self, needs: Needs) -> None:
+        """Refuse what the model cannot supply, before it runs.
+
+        Raises:
+            ValueError: If it has no attention layer, or head, of a number; with those that it has.
+        """
+        if needs.attention is not None:
+            check_request(self.model, needs.attention)
+
     def read(
-        self, ids: Int[Tensor, "B L"], mask: Tensor, needs: frozenset[str]
+        self, ids: Int[Tensor, "B L"], mask: Tensor, request: AttentionRequest | None, answer: Bool[Tensor, "B L"]
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         """Run the model over padded sequences.
 
         Args:
             ids: (B, L) int64. Padded on either side.
             mask: (B, L) bool. False on padding.
-            needs: Attention is computed only when it is named here.
+            request: Which attention is computed; None for none.
+            answer: (B, L) bool. True on the response.
 
         Returns:
             scores: (B) float32. The head at the position that it reads.
-            attention: (B, L) float32. From that position, mean over heads; zeros when nobody asked.
+            attention: (B, L) float32. As the request says; zeros when nobody asked, and where no query is.
             position_scores: (B, L) float32. The head at every position.
         """
         index = self.read_index(ids, mask)
         with torch.no_grad():
-            if "attention" in needs:
-                with capture_row(self.model, index, layer=self.layer) as captured:
-                    hidden = hidden_states(self.model, ids, mask)
-                attention = captured.row
+            if request is None:
+                hidden, attention = hidden_states(self.model, ids, mask), torch.zeros(ids.shape, device=ids.device)
             else:
-                hidden = hidden_states(self.model, ids, mask)
-                attention = torch.zeros(ids.shape, device=ids.device)
+                columns = torch.arange(ids.shape[1], device=ids.device)
+                until = columns == index[:, None] if request.row == "read" else answer & (columns <= index[:, None])
+                with capture_attention(self.model, request, until) as captured:
+                    hidden = hidden_states(self.model, ids, mask)
+                attention = torch.where(until.any(1, keepdim=True), captured.weights, 0)
             everywhere = score_head(self.model)(hidden)[..., 0].float()
         return everywhere.gather(1, index[:, None])[:, 0], attention, everywhere
 
@@ -149,9 +159,7 @@ class RewardModel:
         pad = unwrapped(self.model).config.get_text_config().pad_token_id
         return torch.where(mask & (ids != (-1 if pad is None else pad)), columns, 0).amax(1)
 
-    def _read_tokens(
-        self, prompts: Prompts, responses: Responses, needs: frozenset[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_tokens(self, prompts: Prompts, responses: Responses, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
         """Read the sampled tokens as they are."""
         width = responses.response_ids.shape[1]
         everything = (prompts.prompt_ids, prompts.prompt_mask, responses.response_ids, responses.response_mask)
@@ -159,17 +167,16 @@ class RewardModel:
         def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
             prompt_ids, prompt_mask, response_ids, response_mask = trim(*(x[group] for x in everything))
             ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
-            scores, attention, everywhere = self.read(ids, mask, needs)
             first = prompt_ids.shape[1]
+            answer = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1)
+            scores, attention, everywhere = self.read(ids, mask, needs.attention, answer)
             return scores, torch.where(response_mask, attention[:, first:], 0), everywhere[:, first - 1 :]
 
         lengths = widths(prompts.prompt_mask, responses.response_mask)
         scores, attention, prefix = in_groups(read, lengths, self.budget, width + 1)
         return scores, attention[:, :width], prefix
 
-    def _read_text(
-        self, prompts: Prompts, responses: Responses, needs: frozenset[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_text(self, prompts: Prompts, responses: Responses, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
         """Read the text in the reward model's own tokens, and carry its answers over to the policy's."""
         texts = align(
             policy_tokenizer=self.policy_tokenizer,
@@ -182,9 +189,12 @@ class RewardModel:
             prompts=prompts.texts if self.template else None,
         )
 
+        answer = texts.answer
+
         def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
             width = int(texts.attention_mask[group].sum(1).max())
-            return self.read(texts.input_ids[group, :width], texts.attention_mask[group, :width], needs)
+            ids, mask = texts.input_ids[group, :width], texts.attention_mask[group, :width]
+            return self.read(ids, mask, needs.attention, answer[group, :width])
 
         lengths = texts.attention_mask.sum(1)
         scores, attention, everywhere = in_groups(read, lengths, self.budget, texts.input_ids.shape[1])

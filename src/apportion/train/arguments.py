@@ -191,7 +191,7 @@ def _plain(value: Any, *, top: bool = False) -> Any:
     if is_dataclass(value):
         content = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig")
+        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig", "Weighted")
         return content if is_group else {"class_path": path, "init_args": content}
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"

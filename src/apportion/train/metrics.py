@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
-from apportion.credit.redistribution import attention_fallbacks
+from apportion.credit.attention import attention_fallbacks
 from apportion.masked import Reduce, masked_mean, masked_var
 from apportion.train.arguments import PPOArguments
 

@@ -9,12 +9,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from apportion.batch import Credit, Prompts, Rollout, Scores
+from apportion.batch import NOTHING, Credit, Needs, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
+from apportion.credit.redistribution import needs_of
 from apportion.data.prompts import encode_prompts, indices_of
-from apportion.microbatches import by_length
 from apportion.models import check_reward_model, load_policy, load_scorer
-from apportion.rollout import Responses, complete, sample, widths
+from apportion.rollout import Responses, complete, sample
+from apportion.score.attention import check_request
 from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, check_shares, to_yaml
@@ -32,6 +33,7 @@ from apportion.train.learner import (
 )
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
+from apportion.train.reading import first_pass_is_known, with_policy_attention
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
@@ -117,6 +119,8 @@ class PPOTrainer:
         self.state = TrainingState.begin(roles, args, self.accelerator)
         self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
+        if (request := needs_of(args.credit.redistribution).policy_attention) is not None:
+            check_request(policy_model, request)
         self.evaluation = None
         if eval_prompts is not None and args.eval_steps:
             further = [FunctionReward(function, self.tokenizer) for function in eval_rewards]
@@ -148,10 +152,13 @@ class PPOTrainer:
                 with watch("time/score"):
                     rollout = self.complete(prompts, responses, to_learn=True)
                     scores = self._score(prompts, responses)
+                    scores, logprobs = with_policy_attention(
+                        self.policy.module, rollout, scores, args, self.accelerator
+                    )
                 with watch("time/credit"):
                     credit = assign_credit(rollout, self._scaled(scores, rollout), args.credit, reduce=self._sum)
                 with watch("time/update"):
-                    metrics = self._update(rollout, credit, step)
+                    metrics = self._update(rollout, credit, step, logprobs)
                 self._record(rollout, scores, credit, metrics | watch.times)
                 show(metrics=self.last)
         self._finish()
@@ -180,7 +187,10 @@ class PPOTrainer:
     ) -> Rollout:
         """Add what the reference and, if asked, the critic say; `to_learn` keeps its graph where that is of use."""
         critic: Any = self.critic.module if self.critic is not None and with_values else None
-        keep_graph = critic is not None and to_learn and self._first_pass_is_known(prompts, responses)
+        masks, budget = (prompts.prompt_mask, responses.response_mask), self.args.ppo.micro_batch_tokens
+        keep_graph = (
+            critic is not None and to_learn and first_pass_is_known(*masks, budget, self.args.ppo, self.accelerator)
+        )
         with self.accelerator.autocast():
             return complete(
                 prompts,
@@ -188,19 +198,12 @@ class PPOTrainer:
                 reference=self.reference,
                 critic=critic if keep_graph or critic is None else self.accelerator.unwrap_model(critic),
                 sampling=self.args.sampling,
-                budget=self.args.ppo.micro_batch_tokens,
+                budget=budget,
                 as_reference=self.as_reference,
                 keep_graph=keep_graph,
             )
 
-    def _first_pass_is_known(self, prompts: Prompts, responses: Responses) -> bool:
-        """Tell whether the critic reads the rollout as the first pass of the update would: all at once, everywhere."""
-        config = self.args.ppo
-        groups = by_length(widths(prompts.prompt_mask, responses.response_mask), config.micro_batch_tokens)
-        at_once = self._sum(torch.tensor(len(groups) == 1, device=prompts.prompt_ids.device).float())
-        return config.num_mini_batches == 1 and int(at_once) == self.accelerator.num_processes
-
-    def score(self, prompts: Prompts, responses: Responses, needs: frozenset[str] = frozenset()) -> Scores:
+    def score(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
         """Ask the reward."""
         with self.accelerator.autocast():
             return self.reward(prompts, responses, needs)
@@ -215,23 +218,25 @@ class PPOTrainer:
         self, reward: str | nn.Module | RewardFunction, tokenizer: PreTrainedTokenizerBase, template: Any
     ) -> Reward:
         """Make a reward of what the user gave, and refuse a function where more than scores is needed."""
-        needs = getattr(self.args.credit.redistribution, "needs", frozenset())
+        needs = needs_of(self.args.credit.redistribution).of_reward
         if not isinstance(reward, str | nn.Module):
-            if needs:
+            if needs.names:
                 kind = type(self.args.credit.redistribution).__name__
-                wanted = " and ".join(sorted(needs))
+                wanted = " and ".join(needs.names)
                 raise ValueError(f"{kind} needs {wanted}, which a reward function has not; give a reward model")
             return FunctionReward(reward, self.tokenizer)
         if isinstance(reward, str):
             check_reward_model(reward)
         model = load_scorer(reward) if isinstance(reward, str) else reward
-        return RewardModel(
+        made = RewardModel(
             model.to(self.accelerator.device),
             tokenizer,
             self.tokenizer,
             budget=self.args.ppo.micro_batch_tokens,
             template=template,
         )
+        made.check(needs)
+        return made
 
     def _open(self) -> None:
         """Open the run folder and, where there is one, the newest checkpoint."""
@@ -277,9 +282,8 @@ class PPOTrainer:
 
     def _score(self, prompts: Prompts, responses: Responses) -> Scores:
         """Score a rollout; where the reward fails nothing is lost, for the models are as the last update left them."""
-        needs = getattr(self.args.credit.redistribution, "needs", frozenset())
         try:
-            return self.score(prompts, responses, needs)
+            return self.score(prompts, responses, needs_of(self.args.credit.redistribution).of_reward)
         except Exception:
             self._save()
             raise
@@ -296,7 +300,7 @@ class PPOTrainer:
         ends = torch.isin(rollout.response_ids, torch.tensor(policy.eos_ids, device=rollout.response_ids.device))
         return (ends & rollout.response_mask).any(1)
 
-    def _update(self, rollout: Rollout, credit: Credit, step: int) -> dict[str, float]:
+    def _update(self, rollout: Rollout, credit: Credit, step: int, logprobs: Tensor | None) -> dict[str, float]:
         """Improve policy and critic; stop the run when too many steps in a row could not be taken."""
         metrics = update(
             self.policy,
@@ -307,6 +311,7 @@ class PPOTrainer:
             sampling=self.args.sampling,
             accelerator=self.accelerator,
             generator=generator(self.args.seed, "minibatches", step),
+            logprobs=logprobs,
         )
         metrics |= self.state.advance()
         skipped = int(metrics["update/skipped_steps"])

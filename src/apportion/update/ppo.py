@@ -56,6 +56,7 @@ def update(
     sampling: Sampling,
     accelerator: Accelerator,
     generator: torch.Generator,
+    logprobs: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """Improve the policy and the critic on one rollout.
 
@@ -74,6 +75,8 @@ def update(
         sampling: The distribution that was sampled.
         accelerator: Devices, precision, processes.
         generator: Draws the minibatches; the same on every process.
+        logprobs: (B, T) float32. What the policy has said of the rollout already, where it was asked before credit was
+            assigned, with its graph for the first pass of one minibatch; None where it was not.
 
     Returns:
         Metrics of docs/metrics.md under `policy/`, `value/` (with a critic) and `update/`, of the whole batch over all
@@ -84,7 +87,11 @@ def update(
     step = _Step(policy, critic, config, sampling, accelerator)
     step.first_values = rollout.values if rollout.values.requires_grad else None
     rollout = replace(rollout, values=rollout.values.detach())
-    behaviour = rollout.old_logprobs.clone() if config.num_mini_batches == 1 else step.logprobs(rollout)
+    step.first_logprobs = logprobs if logprobs is not None and logprobs.requires_grad else None
+    if config.num_mini_batches == 1:
+        behaviour = rollout.old_logprobs.clone()
+    else:
+        behaviour = step.logprobs(rollout) if logprobs is None else logprobs.detach()
     gap = 0.0
     tally: dict[str, list[float]] = {}
     for epoch in range(config.num_ppo_epochs):
@@ -140,6 +147,7 @@ class _Step:
         self.policy, self.critic = policy, critic
         self.config, self.sampling, self.accelerator = config, sampling, accelerator
         self.first_values: Float[Tensor, "B T"] | None = None
+        self.first_logprobs: Float[Tensor, "B T"] | None = None
         self.taken = self.skipped = 0
         self.stopped = False
 
@@ -169,14 +177,13 @@ class _Step:
         """
         counts, budget = self._counts(credit, index), self.config.micro_batch_tokens
         if moved:
-            self.first_values = None
+            self.first_values = self.first_logprobs = None
         value = counts.new_zeros(0)
         if self.critic is not None:
             criticise = partial(self._criticise, self.critic.module, tokens=counts[1])
             value = self._accumulate(self.critic, criticise, rollout, credit, index, budget).sum(0)
         reinforce = partial(self._reinforce, behaviour=behaviour, counts=counts, moved=moved)
-        # A token of the policy weighs more than one of the critic: it has logits, and their gradient.
-        parts = self._accumulate(self.policy, reinforce, rollout, credit, index, budget // 2)
+        parts = self._accumulate(self.policy, reinforce, rollout, credit, index, self.config.policy_tokens)
         totals = summed(self.accelerator, torch.cat([value, parts[:, :-1].sum(0)])).tolist()
         largest = gathered(self.accelerator, parts[:, -1].max()[None]).max()
         names = POLICY_NAMES if self.critic is None else VALUE_NAMES + POLICY_NAMES
@@ -212,7 +219,7 @@ class _Step:
             nothing = torch.zeros(1, dtype=torch.long, device=index.device)
             return backward(_Piece.of(rollout, credit, nothing), 0.0)[None] * 0
         if len(groups) > 1:
-            self.first_values = None
+            self.first_values = self.first_logprobs = None
         parts = []
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
@@ -240,8 +247,11 @@ class _Step:
     ) -> Float[Tensor, " 5"]:
         """Add the policy's gradients; return its loss, what is measured of its ratio, and the largest ratio."""
         config, mask, ids = self.config, piece.mask, piece.credit.macro_ids
-        with self.accelerator.autocast():
-            logprobs = self.policy.module(*piece.text, self.sampling)
+        if self.first_logprobs is None:
+            with self.accelerator.autocast():
+                logprobs = self.policy.module(*piece.text, self.sampling)
+        else:
+            logprobs, self.first_logprobs = self.first_logprobs[piece.group, : mask.shape[1]], None
         if not moved:
             behaviour[piece.group, : mask.shape[1]] = logprobs.detach()
         old = behaviour[piece.group, : mask.shape[1]]

@@ -1,0 +1,144 @@
+"""Redistributions that are made of others: mixtures, and the control that only permutes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apportion.batch import Needs, Rollout, Scores
+from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place
+from apportion.credit.row_keys import row_keys
+from apportion.masked import ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A redistribution and its weight in a mixture.
+
+    Attributes:
+        redistribution: One of ours, or any callable `(rollout, scores, *, gamma, steps) -> (B, T)`; on the command line
+            a class or function by its dotted path.
+        weight: At least 0.
+
+    Raises:
+        ValueError: If the weight is negative or not a number, or the redistribution cannot be called as one.
+    """
+
+    redistribution: Redistribution | Callable
+    weight: float
+
+    def __post_init__(self) -> None:
+        """Refuse what can be no part of a mixture."""
+        check_redistribution(self.redistribution)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; choose a number of at least 0")
+
+
+@dataclass(frozen=True)
+class Mixture(Redistribution):
+    """Pay the weighted mean of what several redistributions pay.
+
+        token_level_scores_t = sum_i weight_i * token_level_scores_t of part i,      sum_i weight_i = 1
+
+    Causal if all parts are (a weighted sum of potentials of the prefix is one), else retrospective. Row sums, and with
+    gamma < 1 discounted sums, are the weighted means of those of the parts, so they are kept where the parts keep them.
+
+    Attributes:
+        parts: Redistributions with their weights, which sum to 1.
+
+    Raises:
+        ValueError: If there is no part, the weights do not sum to 1 up to 1e-6, or two parts need different attention
+            of one model.
+
+    Source:
+        ABC (https://arxiv.org/abs/2402.00782) mixes with `Terminal`: its beta is a weight.
+    """
+
+    parts: tuple[Weighted, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse weights that do not sum to 1."""
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise ValueError("parts is empty; give redistributions with weights that sum to 1")
+        total = math.fsum(part.weight for part in self.parts)
+        if abs(total - 1) > 1e-6:
+            weights = ", ".join(f"{part.weight}" for part in self.parts)
+            raise ValueError(f"the weights of parts are {weights} and sum to {total}; make them sum to 1")
+        _ = self.needs
+
+    @classmethod
+    def of(cls, weights: Mapping[Redistribution | Callable, float]) -> Self:
+        """Write a mixture as a mapping: `Mixture.of({Attention(): 0.7, Uniform(): 0.3})`."""
+        return cls(tuple(Weighted(redistribution=kind, weight=weight) for kind, weight in weights.items()))
+
+    @property
+    def needs(self) -> Needs:
+        """What any part needs."""
+        return reduce(or_, (needs_of(part.redistribution) for part in self.parts))
+
+    @property
+    def causal(self) -> bool:
+        """Whether all parts are."""
+        return all(getattr(part.redistribution, "causal", False) for part in self.parts)
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Mix what the parts pay, those parts of it included that they leave at the end."""
+        return self(rollout, scores)
+
+    def __call__(
+        self, rollout: Rollout, scores: Scores, *, gamma: float = 1.0, steps: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Spread the scores over the tokens; see `Redistribution.__call__`."""
+        self._check(rollout, scores)
+        placed = torch.zeros(rollout.response_mask.shape, device=rollout.response_mask.device)
+        for part in self.parts:
+            placed = placed + part.weight * place(part.redistribution, rollout, scores, gamma=gamma, steps=steps)
+        return placed
+
+
+@dataclass(frozen=True)
+class Shuffled(Redistribution):
+    """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
+
+    The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
+    (`row_keys`). Retrospective: a token's place is drawn for the whole response at once.
+
+    With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
+    discounted sum is gamma^(n-1) times its sum. For `PrefixDifference` that is gamma^(n-1) * (R - beta * p_0), while
+    the original has gamma^(n-1) * R - beta * p_0: compare the two at gamma = 1, or with `from_prompt=False`.
+
+    Attributes:
+        inner: The redistribution whose shares are permuted.
+        seed: Another seed gives other permutations.
+
+    Source:
+        Control 3 for ABC (https://arxiv.org/abs/2402.00782): is it the attention, or merely dense reward?
+    """
+
+    inner: Redistribution
+    seed: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner redistribution needs."""
+        return self.inner.needs
+
+    @property
+    def weight(self) -> float:
+        """The weight of the inner redistribution."""
+        return self.inner.weight
+
+    def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
+        """Permute the inner shares over the valid tokens."""
+        mask = rollout.response_mask
+        place = ranks(mask).clamp(min=0)
+        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
+        source = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1).gather(1, place)
+        return torch.where(mask, self.inner.shares(rollout, scores).gather(1, source), 0)

@@ -1,0 +1,150 @@
+"""Attention that several queries of a response pay to each key: means of columns, by blocks of rows.
+
+ABC-D reads how much the later tokens of a response attend to each earlier one. That is a mean over a column of the
+attention map, which needs no map: blocks of queries are computed beside the fast kernel and added up.
+
+Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), ABC-D.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from apportion.batch import AttentionRequest
+from apportion.masked import is_last, last_index
+from apportion.score.attention import Captured, capture_row, capturing
+from apportion.score.attention_row import attention_weights, head_mean, mask_rows
+
+BLOCK = 2**22
+"""Attention weights that are held at once: 16 MiB in float32."""
+
+
+class CapturedColumns(Captured):
+    """Hold what `capture_columns` captured; empty until the model has run.
+
+        weights_j = sum_{q in rows, q sees j} A[q, j] / |{q in rows, q sees j}|,      A the mean over heads
+
+    A key that no row sees has weight 0. A hooked layer (GPT-J, Bloom) shows no mask: there every row from the key's own
+    on counts, which differs in a local layer (of GPT-Neo) only.
+
+    Attributes:
+        rows: (B, Q) bool. Queries of the model's input that count.
+        heads: Heads that are averaged; None for all.
+    """
+
+    def __init__(self, rows: Bool[Tensor, "B Q"], heads: tuple[int, ...] | None = None) -> None:
+        self.rows, self.heads = rows, heads
+        used = rows.any(0).nonzero()[:, 0].tolist()
+        self._first, self._stop = (used[0], used[-1] + 1) if used else (0, 0)
+
+    def of_arguments(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B G K D"],
+        mask: Tensor | BlockMask | None,
+        options: dict[str, Any],
+    ) -> Float[Tensor, "B K"]:
+        """Add up blocks of rows; O(K) memory beside a block."""
+        rows, keys = self._rows_of(query), key.shape[2]
+        total, seen = torch.zeros(2, len(rows), keys, device=query.device)
+        block = max(1, BLOCK // (query.shape[1] * total.numel()))
+        for first in range(self._first, self._stop, block):
+            index = torch.arange(first, min(first + block, self._stop), device=query.device).expand(len(rows), -1)
+            bias = mask_rows(mask, module, index, query.shape[2], keys, options)
+            weights = attention_weights(
+                query[:, :, first : first + index.shape[1]],
+                key,
+                bias,
+                scaling=options.get("scaling"),
+                softcap=options.get("softcap"),
+                sinks=options.get("s_aux"),
+            )
+            counted = rows[:, first : first + index.shape[1], None]
+            total += torch.where(counted, head_mean(weights, self.heads), 0).sum(1)
+            seen += (counted & (bias > -torch.inf).any(1)).sum(1)
+        return total / seen.clamp(min=1)
+
+    def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
+        """Average the columns of full maps."""
+        counted = self._rows_of(maps)[:, :, None]
+        queries, keys = maps.shape[2:]
+        from_here = torch.ones(queries, keys, dtype=torch.bool, device=maps.device).tril(keys - queries)
+        total = torch.where(counted, head_mean(maps, self.heads), 0).sum(1)
+        return total / (counted & from_here).sum(1).clamp(min=1)
+
+    def _rows_of(self, of_queries: Float[Tensor, "B H Q _"]) -> Bool[Tensor, "B Q"]:
+        """Return the rows on the device of the layer, after checking them against the input's shape."""
+        shape = (of_queries.shape[0], of_queries.shape[2])
+        if self.rows.shape != shape:
+            raise ValueError(f"rows has shape {tuple(self.rows.shape)}, the model's input {shape}: give one for each")
+        return self.rows.to(of_queries.device)
+
+
+@contextmanager
+def capture_columns(
+    model: nn.Module,
+    rows: Bool[Tensor, "B Q"],
+    layer: int | None = None,
+    heads: tuple[int, ...] | None = None,
+) -> Iterator[CapturedColumns]:
+    """Capture column means of one attention layer while the model runs under its own kernel.
+
+    Args:
+        model: Any transformers model, also inside PEFT or another module.
+        rows: (B, Q) bool. Columns of `input_ids` whose queries count.
+        layer: Layer number, negative from the end; None for the last full-attention layer.
+        heads: Heads that are averaged; None for all.
+
+    Yields:
+        An empty CapturedColumns, which the model's forward pass fills.
+
+    Raises:
+        ValueError: If the model has no attention layer or head of that number, or rows does not fit the input.
+        RuntimeError: If the model drops out, or this layer is being captured already.
+    """
+    captured = CapturedColumns(rows, heads)
+    with capturing(model, captured, layer):
+        yield captured
+
+
+def capture_attention(
+    model: nn.Module, request: AttentionRequest, answer: Bool[Tensor, "B Q"]
+) -> AbstractContextManager[Captured]:
+    """Capture what a request asks for of queries of a response.
+
+    Args:
+        model: Any transformers model, also inside PEFT or another module.
+        request: Layer, heads, and which queries; "read" and "last" are the last one that is given.
+        answer: (B, Q) bool. Columns of `input_ids` that hold the response, as far as it is to be read.
+
+    Returns:
+        A context; in it the model's forward pass fills the `weights`, (B, K) float32, of what it yields. Without any
+        query they mean nothing.
+
+    Raises:
+        ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input.
+        RuntimeError: If the model drops out, or this layer is being captured already.
+    """
+    rows = queries_of(request, answer)
+    if request.row == "mean":
+        return capture_columns(model, rows, request.layer, request.heads)
+    return capture_row(model, last_index(rows).clamp(min=0), request.layer, request.heads)
+
+
+def queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
+    """Mark the queries of a response that may be averaged: all, or all but the last.
+
+    Args:
+        request: Its `before_last` is read.
+        answer: (B, Q) bool. True on the response.
+
+    Returns:
+        (B, Q) bool.
+    """
+    return answer & ~is_last(answer) if request.before_last else answer

@@ -1,0 +1,75 @@
+"""What is read of a rollout before credit is assigned, by passes that the update can learn from."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from apportion.batch import Rollout, Scores
+from apportion.credit.redistribution import needs_of
+from apportion.microbatches import by_length
+from apportion.rollout import widths
+from apportion.score.policy_attention import read_policy
+from apportion.train.arguments import PPOArguments
+from apportion.update.ppo import PPOConfig, summed
+
+
+def first_pass_is_known(
+    prompt_mask: Bool[Tensor, "B P"],
+    response_mask: Bool[Tensor, "B T"],
+    budget: int,
+    config: PPOConfig,
+    accelerator: Accelerator,
+) -> bool:
+    """Tell whether a model reads the rollout as the first pass of the update would: all at once, everywhere.
+
+    Args:
+        prompt_mask: (B, P) bool. Left-padded.
+        response_mask: (B, T) bool. Right-padded.
+        budget: Tokens that the model is given at once in the update.
+        config: Its minibatches are read.
+        accelerator: Every process has to ask.
+    """
+    groups = by_length(widths(prompt_mask, response_mask), budget)
+    at_once = summed(accelerator, torch.tensor(len(groups) == 1, device=prompt_mask.device).float())
+    return config.num_mini_batches == 1 and int(at_once) == accelerator.num_processes
+
+
+def with_policy_attention(
+    policy: nn.Module, rollout: Rollout, scores: Scores, args: PPOArguments, accelerator: Accelerator
+) -> tuple[Scores, Tensor | None]:
+    """Add the policy's attention to the scores, where credit follows it.
+
+    It is read in a pass that the update would make: its first, with its graph, or the one before several minibatches.
+    Where a minibatch is read in parts, it is one more pass, without the head.
+
+    Args:
+        policy: As accelerate has prepared it.
+        rollout: The responses.
+        scores: Their scores.
+        args: The redistribution, the sampled distribution, and how the update reads.
+        accelerator: Precision and processes.
+
+    Returns:
+        scores: With the attention.
+        logprobs: (B, T) float32. What the policy said in that pass, for the update; None where it was not asked.
+    """
+    request, config = needs_of(args.credit.redistribution).policy_attention, args.ppo
+    if request is None:
+        return scores, None
+    masks, budget = (rollout.prompt_mask, rollout.response_mask), config.policy_tokens
+    known = first_pass_is_known(*masks, budget, config, accelerator)
+    module: Any = policy
+    with accelerator.autocast():
+        reading = read_policy(
+            module if known else accelerator.unwrap_model(module),
+            rollout,
+            request,
+            sampling=args.sampling,
+            budget=budget if known else config.micro_batch_tokens,
+            logprobs="with graph" if known else "without graph" if config.num_mini_batches > 1 else None,
+        )
+    return replace(scores, policy_attention=reading.attention), reading.logprobs
