@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 import reference
-from apportion import Credit, CreditConfig, Rollout, Scores
+from apportion import (
+    Attention,
+    Credit,
+    CreditConfig,
+    Mixture,
+    PolicyAttention,
+    PrefixDifference,
+    Redistribution,
+    Rollout,
+    Scores,
+    Terminal,
+    Uniform,
+)
 
 JUNK_ID = 7
 
@@ -75,10 +87,12 @@ def random_scores(mask: Tensor, seed: int = 0) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     attention = torch.rand(mask.shape, generator=generator)
     prefix = torch.randn(len(mask), mask.shape[1] + 1, generator=generator)
+    policy_attention = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed + 1))
     read = torch.cat([torch.ones_like(mask[:, :1]), mask], 1) if mask.shape[1] else mask.new_ones(len(mask), 1)
     return Scores(
         scores=3 * torch.randn(len(mask), generator=generator),
         attention=attention.masked_fill(~mask, torch.nan),
+        policy_attention=policy_attention.masked_fill(~mask, torch.nan),
         prefix_scores=prefix.masked_fill(~read, torch.nan),
     )
 
@@ -97,12 +111,14 @@ def padded(rollout: Rollout, *, left: int = 0, right: int = 0, prompt_left: int 
 def padded_scores(scores: Scores, *, left: int = 0, right: int = 0) -> Scores:
     """Widen scores along with `padded`; the bare prompt keeps its place at the front."""
     assert scores.attention is not None
+    assert scores.policy_attention is not None
     assert scores.prefix_scores is not None
     prompt, rest = scores.prefix_scores[:, :1], scores.prefix_scores[:, 1:]
     widen = torch.nn.functional.pad
     return Scores(
         scores=scores.scores,
         attention=widen(scores.attention, (left, right), value=torch.nan),
+        policy_attention=widen(scores.policy_attention, (left, right), value=torch.nan),
         prefix_scores=torch.cat([prompt, widen(rest, (left, right), value=torch.nan)], 1),
     )
 
@@ -132,6 +148,7 @@ def valid(x: Tensor, mask: Tensor, row: int) -> list[float]:
 def reference_row(rollout: Rollout, scores: Scores, row: int) -> reference.Row:
     """Cut one row out of a batch, without its padding."""
     assert scores.attention is not None
+    assert scores.policy_attention is not None
     assert scores.prefix_scores is not None
     mask = rollout.response_mask
     return reference.Row(
@@ -140,8 +157,23 @@ def reference_row(rollout: Rollout, scores: Scores, row: int) -> reference.Row:
         values=valid(rollout.values, mask, row),
         score=float(scores.scores[row]),
         attention=valid(scores.attention, mask, row),
+        policy_attention=valid(scores.policy_attention, mask, row),
         prefix_scores=[float(scores.prefix_scores[row, 0]), *valid(scores.prefix_scores[:, 1:], mask, row)],
     )
+
+
+def for_reference(redistribution: Redistribution | Callable) -> tuple:
+    """Name a redistribution as `reference.redistribute` knows it."""
+    if isinstance(redistribution, Mixture):
+        return ("mixture", *((part.weight, for_reference(part.redistribution)) for part in redistribution.parts))
+    names = {
+        Terminal: "terminal",
+        Uniform: "uniform",
+        Attention: "attention",
+        PolicyAttention: "policy",
+        PrefixDifference: "prefix",
+    }
+    return (names[type(redistribution)], *vars(redistribution).values())
 
 
 def difference(config: CreditConfig) -> str:

@@ -5,8 +5,8 @@ code. A row is a list of its valid tokens only: there is no padding here, and no
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 
@@ -19,6 +19,7 @@ class Row:
     values: list[float]
     score: float
     attention: list[float]
+    policy_attention: list[float]
     prefix_scores: list[float]
 
 
@@ -136,8 +137,19 @@ def redistribute(row: Row, options: Options, steps: list[int]) -> list[float]:
     if name == "prefix":
         opinions = [min(max(p, -bound), bound) for p in row.prefix_scores]
         return prefix_difference(opinions, score, *arguments, gamma=options.gamma, steps=steps)
+    if name == "mixture":
+        placed = [
+            (weight, redistribute(row, replace(options, redistribution=part), steps)) for weight, part in arguments
+        ]
+        return [math.fsum(weight * part[t] for weight, part in placed) for t in range(len(steps))]
     beta = arguments[0]
-    alpha = [1.0 / max(len(steps), 1)] * len(steps) if name == "uniform" else normalised(row.attention)
+    if name == "uniform":
+        alpha = [1.0 / max(len(steps), 1)] * len(steps)
+    elif name == "policy":
+        shifted = [0.0, *row.policy_attention[:-1]][: len(steps)]
+        alpha = normalised(shifted if arguments[2] else row.policy_attention)
+    else:
+        alpha = normalised(row.attention)
     return [
         beta * options.gamma ** (steps[last] - steps[t]) * alpha[t] * score + (1 - beta) * score * (t == last)
         for t in range(len(steps))
@@ -150,6 +162,56 @@ def normalised(attention: list[float]) -> list[float]:
     if mass > 0:
         return [a / mass for a in attention]
     return [float(t == len(attention) - 1) for t in range(len(attention))]
+
+
+# Attention: abc.md sections 2 and 9. Maps are lists of rows, one a query.
+
+
+def attention_map(
+    queries: list[list[float]],
+    keys: list[list[float]],
+    *,
+    scaling: float,
+    sees: Callable[[int, int], bool],
+    softcap: float | None = None,
+    sink: float | None = None,
+) -> list[list[float]]:
+    """One head's softmax over the keys that each query sees; a sink takes mass and gives it to no key."""
+    rows = []
+    for q, query in enumerate(queries):
+        weights = []
+        for k, key in enumerate(keys):
+            score = scaling * math.fsum(x * y for x, y in zip(query, key, strict=True))
+            score = score if softcap is None else softcap * math.tanh(score / softcap)
+            weights.append(math.exp(score) if sees(q, k) else 0.0)
+        mass = math.fsum(weights) + (0.0 if sink is None else math.exp(sink))
+        rows.append([w / mass if mass > 0 else 0.0 for w in weights])
+    return rows
+
+
+def mean_map(maps: list[list[list[float]]]) -> list[list[float]]:
+    """The mean over heads."""
+    return [[math.fsum(xs) / len(xs) for xs in zip(*rows, strict=True)] for rows in zip(*maps, strict=True)]
+
+
+def column_means(rows: list[list[float]], counted: list[int], sees: Callable[[int, int], bool]) -> list[float]:
+    """The mean of each column over the counted rows that see it; 0 where none does."""
+    means = []
+    for k in range(len(rows[0])):
+        seeing = [rows[q][k] for q in counted if sees(q, k)]
+        means.append(math.fsum(seeing) / len(seeing) if seeing else 0.0)
+    return means
+
+
+def official_abc_d(rows: list[list[float]], mode: str) -> list[float]:
+    """Weights as released, of the n - 1 rows of generation (q + 1 columns in row q): one too far, zeros not counted."""
+    tokens = len(rows) + 1
+    weights = [0.0] * tokens
+    for j in range(tokens - 1):
+        seen = [row[j] for row in rows if len(row) > j and row[j] != 0.0]
+        value = math.fsum(seen) / len(seen) if seen else 0.0
+        weights[j + 1] = value if mode == "mean" else rows[-1][j]
+    return weights
 
 
 def prefix_difference(

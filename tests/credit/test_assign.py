@@ -18,7 +18,9 @@ from apportion import (
     CreditConfig,
     EveryToken,
     FixedNgram,
+    Mixture,
     Perplexity,
+    PolicyAttention,
     PrefixDifference,
     RandomizedNgram,
     Redistribution,
@@ -39,6 +41,7 @@ from batches import (
     assert_same,
     cut,
     difference,
+    for_reference,
     mask_of,
     mask_of_lengths,
     padded,
@@ -63,6 +66,8 @@ REDISTRIBUTIONS: tuple[Redistribution, ...] = (
     Attention(beta=0.8),
     PrefixDifference(),
     PrefixDifference(beta=0.6, from_prompt=False),
+    PolicyAttention(legacy_shift=True),
+    Mixture.of({Attention(beta=0.5): 0.25, PolicyAttention(): 0.25, PrefixDifference(): 0.5}),
 )
 ADVANTAGES = (GAE(), GAE(gamma=0.9, lam=0.8), GAE(gamma=0.97, lam=0.9, per="token"), GAE(lam=0.0, per="token"))
 
@@ -237,10 +242,6 @@ NAMES = {
     FixedNgram: "fixed",
     RandomizedNgram: "lengths",
     Perplexity: "perplexity",
-    Terminal: "terminal",
-    Uniform: "uniform",
-    Attention: "attention",
-    PrefixDifference: "prefix",
 }
 PRODUCT = list(
     product(
@@ -267,7 +268,7 @@ def reference_options(config: CreditConfig, dealt: list[int]) -> reference.Optio
     assert isinstance(config.advantage, GAE)
     return reference.Options(
         termination=termination,
-        redistribution=(NAMES[type(config.redistribution)], *vars(config.redistribution).values()),
+        redistribution=for_reference(config.redistribution),
         macro_value=config.macro_value,
         macro_reward=config.macro_reward,
         gamma=config.advantage.gamma,
@@ -440,7 +441,7 @@ def test_the_clamp_comes_before_redistribution() -> None:
     mask = mask_of_lengths(4, 2)
     rollout = random_rollout(mask)
     scores = replace(random_scores(mask), scores=torch.tensor([9.0, -9.0]))
-    for redistribution in Uniform(), Attention(), PrefixDifference(from_prompt=False):
+    for redistribution in Uniform(), Attention(), PolicyAttention(), PrefixDifference(from_prompt=False):
         config = CreditConfig(redistribution=redistribution, score_clamp=2.0)
         credit: Credit = assign_credit(rollout, scores, config)
         torch.testing.assert_close(credit.token_level_scores.sum(1), torch.tensor([2.0, -2.0]))

@@ -15,6 +15,8 @@ from apportion import (
     Attention,
     CreditConfig,
     EveryToken,
+    Mixture,
+    PolicyAttention,
     PrefixDifference,
     Redistribution,
     Scores,
@@ -34,8 +36,11 @@ PHI = 0.37  # what the causal potential thinks of the prefix, the same for both 
 SCORES = Scores(
     scores=torch.tensor([1.2, 1.0]),
     attention=torch.tensor([[0.9, 0.1], [0.1, 0.9]]),
+    policy_attention=torch.tensor([[0.45, 0.05], [0.08, 0.72]]),
     prefix_scores=torch.tensor([[0.0, PHI, 7.0], [0.0, PHI, 8.0]]),
 )
+PROVIDERS = [Attention, PolicyAttention, lambda beta: Mixture.of({Attention(1.0): beta, Terminal(): 1 - beta})]
+every_provider = pytest.mark.parametrize("provider", PROVIDERS, ids=["ABC", "ABC-D", "mixture"])
 TABLE = [
     (0.0, 1.2, 1.0, 0.05),
     (0.2, 0.984, 0.980, 0.001),
@@ -71,16 +76,18 @@ def gradient(redistribution: Redistribution, *, values: Tensor | None = None, wh
     return float(logits.grad[0])
 
 
+@every_provider
 @pytest.mark.parametrize(("beta", "g0", "g1", "wanted"), TABLE)
-def test_the_table_of_gradients(beta: float, g0: float, g1: float, wanted: float) -> None:
-    credit = assign_credit(ROLLOUT, SCORES, config_of(Attention(beta=beta)))
+def test_the_table_of_gradients(provider, beta: float, g0: float, g1: float, wanted: float) -> None:
+    credit = assign_credit(ROLLOUT, SCORES, config_of(provider(beta=beta)))
     assert credit.returns[:, 1].tolist() == pytest.approx([g0, g1], abs=1e-5)
-    assert gradient(Attention(beta=beta)) == pytest.approx(wanted, abs=1e-6)
+    assert gradient(provider(beta=beta)) == pytest.approx(wanted, abs=1e-6)
 
 
+@every_provider
 @pytest.mark.parametrize(("beta", "wanted"), [(row[0], row[3]) for row in TABLE if row[3]])
-def test_gradient_ascent_ends_where_the_table_says(beta: float, wanted: float) -> None:
-    credit = assign_credit(ROLLOUT, SCORES, config_of(Attention(beta=beta)))
+def test_gradient_ascent_ends_where_the_table_says(provider, beta: float, wanted: float) -> None:
+    credit = assign_credit(ROLLOUT, SCORES, config_of(provider(beta=beta)))
     earned, logits = credit.returns[:, 1], torch.zeros(2)
     for _ in range(200):
         p = logits.softmax(0)
@@ -90,16 +97,20 @@ def test_gradient_ascent_ends_where_the_table_says(beta: float, wanted: float) -
 
 
 @pytest.mark.parametrize(("beta", "g0", "g1", "wanted"), [row for row in TABLE if row[3]])
-def test_neither_a_baseline_nor_whitening_changes_the_sign(beta: float, g0: float, g1: float, wanted: float) -> None:
+@every_provider
+def test_neither_a_baseline_nor_whitening_changes_the_sign(
+    provider, beta: float, g0: float, g1: float, wanted: float
+) -> None:
     baseline = torch.tensor([[1.1, (g0 + g1) / 2], [1.1, (g0 + g1) / 2]])
-    assert gradient(Attention(beta=beta), values=baseline) == pytest.approx(wanted, abs=1e-6)
-    assert gradient(Attention(beta=beta), whiten=True) * wanted > 0
-    assert gradient(Attention(beta=beta), values=baseline, whiten=True) * wanted > 0
+    assert gradient(provider(beta=beta), values=baseline) == pytest.approx(wanted, abs=1e-6)
+    assert gradient(provider(beta=beta), whiten=True) * wanted > 0
+    assert gradient(provider(beta=beta), values=baseline, whiten=True) * wanted > 0
 
 
 @pytest.mark.parametrize("beta", [row[0] for row in TABLE])
-def test_full_returns_are_those_of_the_scores(beta: float) -> None:
-    credit = assign_credit(ROLLOUT, SCORES, config_of(Attention(beta=beta)))
+@every_provider
+def test_full_returns_are_those_of_the_scores(provider, beta: float) -> None:
+    credit = assign_credit(ROLLOUT, SCORES, config_of(provider(beta=beta)))
     assert credit.returns[:, 0].tolist() == pytest.approx([1.2, 1.0], abs=1e-6)
 
 

@@ -14,7 +14,9 @@ from apportion import (
     CreditConfig,
     EveryToken,
     FixedNgram,
+    Mixture,
     Perplexity,
+    PolicyAttention,
     PrefixDifference,
     RandomizedNgram,
     Rollout,
@@ -37,7 +39,10 @@ TERMINATIONS = (
     Perplexity(variant="segment"),
     WholeResponse(),
 )
-REDISTRIBUTIONS = (Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention()))
+REDISTRIBUTIONS = (
+    *(Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention())),
+    *(PolicyAttention(legacy_shift=True), Mixture.of({Attention(): 0.5, Uniform(): 0.5})),
+)
 CONFIGS = [
     *(CreditConfig(termination=termination) for termination in TERMINATIONS),
     *(CreditConfig(redistribution=r, advantage=GAE(gamma=gamma)) for r in REDISTRIBUTIONS for gamma in (1.0, 0.9)),
@@ -83,7 +88,8 @@ def operations(config: CreditConfig, rows: int, tokens: int, *, device: str = "c
         ref_logprobs=numbers(),
         values=numbers(),
     )
-    scores = Scores(scores=numbers()[:, 0], attention=numbers(), prefix_scores=numbers(tokens + 1))
+    weights = {"attention": numbers(), "policy_attention": numbers()}
+    scores = Scores(scores=numbers()[:, 0], **weights, prefix_scores=numbers(tokens + 1))
     logprobs, values = numbers().requires_grad_(), numbers().requires_grad_()
     with Counting() as counting:
         credit = assign_credit(rollout, scores, config)

@@ -11,7 +11,11 @@ from torch import Tensor
 import reference
 from apportion import (
     Attention,
+    AttentionRequest,
     FixedNgram,
+    Mixture,
+    Needs,
+    PolicyAttention,
     PrefixDifference,
     Redistribution,
     Scores,
@@ -23,6 +27,7 @@ from apportion import (
 from apportion.credit.attention import attention_fallbacks
 from apportion.masked import ranks
 from batches import (
+    for_reference,
     mask_of,
     mask_of_lengths,
     padded,
@@ -30,6 +35,7 @@ from batches import (
     random_rollout,
     random_scores,
     reference_row,
+    without_type_checks,
 )
 
 KEEPING = (
@@ -38,6 +44,9 @@ KEEPING = (
     Uniform(beta=0.3),
     Attention(),
     Attention(beta=1.0),
+    PolicyAttention(),
+    PolicyAttention(mode="last", legacy_shift=True),
+    Mixture.of({Attention(beta=0.3): 0.2, PolicyAttention(): 0.3, PrefixDifference(from_prompt=False): 0.5}),
     PrefixDifference(from_prompt=False),
     PrefixDifference(beta=0.4, from_prompt=False),
     Shuffled(inner=Attention()),
@@ -130,9 +139,7 @@ def test_every_redistribution_equals_the_slow_loop(
         redistribution = redistribution.inner
     rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
     placed = redistribution(rollout, scores, gamma=gamma)
-    names = {Terminal: "terminal", Uniform: "uniform", Attention: "attention", PrefixDifference: "prefix"}
-    named = (names[type(redistribution)], *vars(redistribution).values())
-    options = reference.Options(termination=("every",), redistribution=named, gamma=gamma)
+    options = reference.Options(termination=("every",), redistribution=for_reference(redistribution), gamma=gamma)
     for b, row in enumerate(mask):
         wanted = reference.redistribute(reference_row(rollout, scores, b), options, list(range(int(row.sum()))))
         assert placed[b, row].tolist() == pytest.approx(wanted, abs=1e-5)
@@ -188,7 +195,7 @@ def test_uniform_obeys_beta() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("provider", [Uniform, Attention, PrefixDifference])
+@pytest.mark.parametrize("provider", [Uniform, Attention, PolicyAttention, PrefixDifference])
 def test_the_last_token_gets_an_extra_of_one_minus_beta(provider, beta: float) -> None:
     """abc.md section 10 row 11, for every provider: linear in beta between the ends."""
     mask = mask_of_lengths(4, 2)
@@ -288,9 +295,11 @@ def test_a_reward_model_in_bfloat16_is_read_in_float32(redistribution: Redistrib
     rollout, scores = random_rollout(mask), random_scores(mask)
     assert scores.attention is not None
     assert scores.prefix_scores is not None
+    assert scores.policy_attention is not None
     half = Scores(
         scores=scores.scores.bfloat16(),
         attention=scores.attention.bfloat16(),
+        policy_attention=scores.policy_attention.bfloat16(),
         prefix_scores=scores.prefix_scores.bfloat16(),
     )
     placed = redistribution(rollout, half)
@@ -299,9 +308,17 @@ def test_a_reward_model_in_bfloat16_is_read_in_float32(redistribution: Redistrib
 
 
 def test_needs_name_what_is_read() -> None:
-    assert Terminal().needs == Uniform().needs == frozenset()
-    assert Shuffled(inner=Attention()).needs == Attention().needs == {"attention"}
-    assert PrefixDifference().needs == {"prefix_scores"}
+    assert Terminal().needs == Uniform().needs == Needs()
+    assert Terminal().needs.names == ()
+    assert Shuffled(inner=Attention()).needs == Attention().needs == Needs(attention=AttentionRequest())
+    assert PrefixDifference().needs == Needs(prefix_scores=True)
+    chosen = Attention(layer=-2, heads=(0, 3), row="mean").needs
+    assert chosen.attention == AttentionRequest(layer=-2, heads=(0, 3), row="mean")
+    assert chosen.of_reward == chosen
+    of_policy = PolicyAttention(mode="last", legacy_shift=True, layer=1).needs
+    assert of_policy.policy_attention == AttentionRequest(layer=1, row="last", before_last=True)
+    assert of_policy.names == ("policy_attention",)
+    assert of_policy.of_reward == Needs()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,8 @@ def test_needs_name_what_is_read() -> None:
         (Attention(), r"Attention needs Scores.attention, which is None; ask the reward for it"),
         (Shuffled(inner=Attention()), r"Shuffled needs Scores.attention, which is None"),
         (PrefixDifference(), r"PrefixDifference needs Scores.prefix_scores, which is None"),
+        (PolicyAttention(), r"PolicyAttention needs Scores.policy_attention, which is None; read it off the policy"),
+        (Mixture.of({Attention(): 1.0}), r"Mixture needs Scores.attention, which is None"),
     ],
     ids=str,
 )
@@ -322,6 +341,7 @@ def test_scores_without_what_is_needed_are_refused(redistribution: Redistributio
     ("redistribution", "change", "message"),
     [
         (Attention(), {"attention": torch.ones(2, 4)}, r"attention has shape \(2, 4\); the responses need \(2, 3\)"),
+        (PolicyAttention(), {"policy_attention": torch.ones(2, 4)}, r"policy_attention has shape \(2, 4\); the resp"),
         (PrefixDifference(), {"prefix_scores": torch.ones(2, 3)}, r"\(2, 3\); the responses need \(2, 4\)"),
         (Terminal(), {}, r"scores has 1 entries; there are 2 responses"),
         (Uniform(), {}, r"scores has 1 entries; there are 2 responses"),
@@ -337,8 +357,71 @@ def test_scores_of_another_shape_are_refused(redistribution: Redistribution, cha
         redistribution(rollout, scores)
 
 
-@pytest.mark.parametrize("provider", [Uniform, Attention, PrefixDifference])
+@pytest.mark.parametrize("provider", [Uniform, Attention, PolicyAttention, PrefixDifference])
 @pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
 def test_a_beta_that_is_no_weight_is_refused(provider, beta: float) -> None:
     with pytest.raises(ValueError, match=rf"beta is {beta}; choose a number in \[0, 1\]"):
         provider(beta=beta)
+
+
+def test_weights_of_the_policy_are_normalised_over_the_response() -> None:
+    """abc.md section 2: alpha = w / sum w, then as in section 1; alpha = (1/6, 2/6, 3/6)."""
+    rollout = random_rollout(mask_of([[1, 1, 1, 0], [0, 1, 1, 1]]))
+    scores = scores_at([6.0, -6.0], policy_attention=[[1.0, 2.0, 3.0, 9.0], [9.0, 1.0, 2.0, 3.0]])
+    wanted = [[0.5, 1.0, 4.5, 0.0], [0.0, -0.5, -1.0, -4.5]]
+    torch.testing.assert_close(PolicyAttention(beta=0.5)(rollout, scores), torch.tensor(wanted))
+
+
+# abc.md section 2, n = 4: what the rows [.5], [.4 .1], [.3 .1 .1] of generation give before they are normalised.
+GENERATED = {"mean": [0.4, 0.1, 0.1, 0.0], "last": [0.3, 0.1, 0.1, 0.0]}
+CORRECT = {"mean": [2 / 3, 1 / 6, 1 / 6, 0], "last": [0.6, 0.2, 0.2, 0]}
+OFFICIAL = {"mean": [0, 2 / 3, 1 / 6, 1 / 6], "last": [0, 0.6, 0.2, 0.2]}
+
+
+@pytest.mark.parametrize("mode", ["mean", "last"])
+@pytest.mark.parametrize(("legacy", "wanted"), [(False, CORRECT), (True, OFFICIAL)])
+def test_the_official_shift_is_reproduced_only_when_asked(mode, legacy: bool, wanted: dict) -> None:
+    """abc.md sections 2 and 10 row 1, also where holes lie between the tokens."""
+    policy = PolicyAttention(beta=1.0, mode=mode, legacy_shift=legacy)
+    scores = scores_at([1.0], policy_attention=[GENERATED[mode]])
+    assert policy(random_rollout(mask_of([[1, 1, 1, 1]])), scores).tolist()[0] == pytest.approx(wanted[mode])
+    weights = GENERATED[mode]
+    apart = scores_at([1.0], policy_attention=[[weights[0], 9.0, weights[1], 9.0, weights[2], weights[3], 9.0]])
+    mask = mask_of([[1, 0, 1, 0, 1, 1, 0]])
+    assert policy(random_rollout(mask), apart)[mask].tolist() == pytest.approx(wanted[mode])
+
+
+def test_attention_all_on_the_first_token_pays_the_first_token() -> None:
+    """abc.md section 10 row 1; the official code pays the second."""
+    scores = scores_at([3.0], policy_attention=[[1.0, 0, 0]])
+    rollout = random_rollout(mask_of_lengths(3))
+    assert PolicyAttention(beta=1.0)(rollout, scores).tolist() == [[3, 0, 0]]
+    assert PolicyAttention(beta=1.0, legacy_shift=True)(rollout, scores).tolist() == [[0, 3, 0]]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_of_the_policy_without_mass_stay_at_the_end_and_are_counted(legacy: bool) -> None:
+    """A response of one token has no row of generation; neither NaN nor an empty row spoils anything."""
+    mask = mask_of([[1, 0], [0, 0], [1, 1]])
+    scores = scores_at([2.0, torch.nan, 3.0], policy_attention=[[0.0, 5], [1, 1], [torch.nan, 1]])
+    rollout = random_rollout(mask)
+    placed = PolicyAttention(legacy_shift=legacy)(rollout, scores)
+    assert placed.tolist() == [[2, 0], [0, 0], [0, 3]]
+    assert attention_fallbacks(rollout, scores) == 2
+    both = replace(scores, attention=torch.tensor([[0.0, 0], [1, 1], [1, 1]]))
+    assert attention_fallbacks(rollout, both) == 2  # a response that lacks both is counted once
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PolicyAttention(mode="max"), "mode is 'max'; choose 'mean'"),  # type: ignore[arg-type]
+        (lambda: Attention(row="first"), "row is 'first'; choose 'read', 'last' or 'mean'"),  # type: ignore[arg-type]
+        (lambda: Attention(heads=()), r"heads is \(\); list heads from 0"),
+        (lambda: PolicyAttention(heads=(1, -1)), r"heads is \(1, -1\); list heads from 0"),
+        (lambda: Attention(heads=(1, 1)), r"heads is \(1, 1\); list heads from 0, each once"),
+    ],
+)
+def test_a_request_that_names_no_attention_is_refused(make, message: str) -> None:
+    with without_type_checks(), pytest.raises(ValueError, match=message):
+        make()

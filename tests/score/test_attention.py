@@ -1,8 +1,7 @@
 """The captured row equals eager attention for every family, and capturing leaves the model as it was."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,158 +9,37 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
     LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
+from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2 import modeling_gemma2
 
-from apportion.score.attention import CapturedRow, capture_row, find_attention
+from apportion.batch import AttentionRequest
+from apportion.score.attention import CapturedRow, capture_row, check_request, find_attention
 from apportion.score.attention_row import attention_row, mask_row, visible_keys
-
-TOKENS = 20
-LENGTHS = (20, 13, 9)
-VOCABULARY = 50
-PAD = 0
-SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-GROUPED: dict[str, Any] = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": PAD}
-OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "pad_token_id": PAD}
-SLIDING_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
-SLIDING_FIRST = ["full_attention", "sliding_attention", "full_attention"]
-MIXTURE: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
-
-# Wide initial weights, or random attention would be uniform and any row would look right.
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**GROUPED, initializer_range=0.3),
-    "qwen2": Qwen2Config(**GROUPED, initializer_range=0.3),
-    "qwen3": Qwen3Config(**GROUPED, head_dim=8, initializer_range=0.3),
-    "mistral": MistralConfig(**GROUPED, sliding_window=6, initializer_range=0.3),
-    "gemma2": Gemma2Config(
-        **GROUPED,
-        head_dim=8,
-        attn_logit_softcapping=2.0,
-        initializer_range=0.3,
-        sliding_window=6,
-        layer_types=SLIDING_FIRST,
-    ),
-    "gemma3": Gemma3TextConfig(
-        **GROUPED, head_dim=8, initializer_range=0.3, sliding_window=6, layer_types=SLIDING_LAST
-    ),
-    "gpt2": GPT2Config(**OLD, initializer_range=0.3, scale_attn_by_inverse_layer_idx=True),
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48, pad_token_id=PAD, initializer_range=0.3),
-    "gpt_oss": GptOssConfig(**GROUPED, **MIXTURE, head_dim=8, sliding_window=6, initializer_range=0.3),
-    "gptj": GPTJConfig(**OLD, rotary_dim=4, initializer_range=0.3),
-    "gpt_neo": GPTNeoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=3,
-        num_heads=4,
-        attention_types=[[["local", "global", "local"], 1]],
-        window_size=6,
-        initializer_range=0.3,
-    ),
-    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.3),
-    "falcon": FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.3
-    ),
-}
-LAYER = {"gemma3": 1, "gpt_oss": 1, "gpt_neo": 1}
-SDPA = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "gpt_neox")
-EAGER = ("gemma2", "gpt_oss", "gptj", "gpt_neo", "bloom", "falcon")
-HOOKED = ("gptj", "gpt_neo", "bloom", "falcon")
-TAPPED = tuple(family for family in SDPA + EAGER if family not in HOOKED)
-
-
-def make(family: str, implementation: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    implementation = implementation or ("sdpa" if family in SDPA else "eager")
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(
-            type(CONFIGS[family]).from_dict(CONFIGS[family].to_dict()), attn_implementation=implementation
-        )
-    return model.to(dtype).eval()
-
-
-def padded(side: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Three rows of different lengths, and the column of the last token of each."""
-    generator = torch.Generator().manual_seed(3)
-    input_ids = torch.randint(1, VOCABULARY, (len(LENGTHS), TOKENS), generator=generator)
-    lengths = torch.tensor(LENGTHS)[:, None]
-    columns = torch.arange(TOKENS)[None]
-    mask = columns < lengths if side == "right" else columns >= TOKENS - lengths
-    last = (columns * mask).argmax(dim=1)
-    return {"input_ids": input_ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}, last
-
-
-def eager_row(model: nn.Module, inputs: dict[str, Tensor], layer: int, read_index: Tensor) -> Tensor:
-    maps = model(**inputs, output_attentions=True).attentions[layer]
-    return maps[torch.arange(len(read_index)), :, read_index].float().mean(dim=1)
-
-
-def dense_maps(arguments: dict[str, Any]) -> Tensor:
-    """All rows of a layer in float32 from the arguments of its attention function, with repeated keys."""
-    query, key, options = arguments["query"].float(), arguments["key"].float(), arguments["options"]
-    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * options["scaling"]
-    if options.get("softcap") is not None:
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    mask = causal if arguments["mask"] is None else arguments["mask"]
-    bias = (
-        torch.zeros(mask.shape).masked_fill(~mask, -1e30) if mask.dtype == torch.bool else mask.float().clamp(min=-1e30)
-    )
-    scores = scores + bias
-    if options.get("s_aux") is not None:
-        sinks = options["s_aux"].float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
-    return scores.softmax(dim=-1)
-
-
-@contextmanager
-def recorded(model: PreTrainedModel, family: str, layer: int) -> Iterator[dict[str, Any]]:
-    """Run a model under a recording kernel of its own name, which passes on to the family's ordinary one."""
-    seen: dict[str, Any] = {}
-    kernel = sdpa_attention_forward
-    if family in EAGER:
-        kernel = vars(__import__(type(model).__module__, fromlist=["_"]))["eager_attention_forward"]
-
-    def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        if module.layer_idx == layer:
-            seen.update(query=query, key=key, mask=mask, options=options)
-        return kernel(module, query, key, value, mask, **options)
-
-    implementation = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS["recording"] = record
-    AttentionMaskInterface.register("recording", eager_mask if family in EAGER else sdpa_mask)
-    model.config._attn_implementation = "recording"
-    try:
-        yield seen
-    finally:
-        model.config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS["recording"]
-        AttentionMaskInterface._global_mapping.pop("recording")
+from attention_maps import (
+    EAGER,
+    GROUPED,
+    LAYER,
+    LENGTHS,
+    SDPA,
+    TAPPED,
+    TOKENS,
+    VOCABULARY,
+    LargestTensor,
+    dense_maps,
+    eager_row,
+    make,
+    padded,
+    recorded,
+)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -358,19 +236,6 @@ def test_a_query_that_sees_nothing_has_a_row_of_zeros() -> None:
     assert torch.equal(row, torch.zeros(1, 4))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest number of elements that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @torch.no_grad()
 def test_no_tensor_of_the_size_of_the_attention_map_is_made() -> None:
     """abc.md section 10 row 19, its peak of memory."""
@@ -510,12 +375,53 @@ def test_the_same_layer_is_not_captured_twice_at_once() -> None:
         pass
 
 
-def test_gradients_and_training_mode_are_refused() -> None:
-    model, last = make("llama"), torch.tensor([0])
-    with pytest.raises(RuntimeError, match=r"torch\.no_grad"), capture_row(model, last):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
+def test_a_model_that_drops_out_is_refused() -> None:
+    """abc.md section 10 row 10: weights were dropped out from the second step on."""
+    last, adapters = torch.tensor([0]), LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
+    for model in make("gpt2"), get_peft_model(make("llama"), adapters):
+        with pytest.raises(RuntimeError, match=r"drops out.*model\.eval"), capture_row(model.train(), last):
+            pass
+    with capture_row(make("llama").train(), last):  # no dropout in it
         pass
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"model\.eval"), capture_row(model.train(), last):
-        pass
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_without_the_capture(checkpointing: bool) -> None:
+    """abc.md section 9 (e): gradient checkpointing runs the layers again, outside of the capture."""
+    inputs, last = padded("left")
+    gradients = []
+    for captured in (False, True):
+        model = make("llama").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        with capture_row(model, last) if captured else nullcontext() as row:
+            loss = model(**inputs, use_cache=False).logits.square().mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        if row is not None:
+            assert not row.row.requires_grad
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gptj"])
+@torch.no_grad()
+def test_some_heads_are_averaged(family: str) -> None:
+    inputs, last = padded("right")
+    maps = make(family, "eager")(**inputs, output_attentions=True).attentions[2]
+    wanted = maps[torch.arange(3), :, last][:, [3, 0]].float().mean(1)
+    model = make(family)
+    with capture_row(model, last, heads=(3, 0)) as captured:
+        model(**inputs)
+    torch.testing.assert_close(captured.row, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"heads is \(0, 4\), the attention layer has heads 0 to 3"):
+        check_request(model, AttentionRequest(heads=(0, 4)))
+    with (
+        pytest.raises(ValueError, match=r"heads is \(4,\), the attention layer has heads 0 to 3"),
+        capture_row(model, last, heads=(4,)),
+    ):
+        model(**inputs)
 
 
 @torch.no_grad()
