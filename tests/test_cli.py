@@ -35,7 +35,7 @@ REFUSED = {
     "unknown inner class": (
         f"{PPO} --credit.redistribution Shuffled --credit.redistribution.inner Atention",
         "--credit.redistribution.inner",
-        "did you mean Attention?",
+        "did you mean Attention",
     ),
     "missing inner class": (f"{PPO} --credit.redistribution Shuffled", "inner", "give it"),
     "unknown module": (f"{PPO} --credit.termination nowhere.Mine", "nowhere.Mine", "my_module.MyClass"),
@@ -54,6 +54,24 @@ REFUSED = {
         "beta is -0.1",
         "choose a number in [0, 1]",
     ),
+    "heads twice": (
+        f"{PPO} --credit.redistribution PolicyAttention --credit.redistribution.heads [1,1]",
+        "heads is (1, 1)",
+        "each once",
+    ),
+    "row of another name": (
+        f"{PPO} --credit.redistribution Attention --credit.redistribution.row first",
+        "--credit.redistribution.row",
+        "'read', 'last', 'mean'",
+    ),
+    "weights that do not sum to 1": (
+        f"{PPO} --credit.redistribution Mixture "
+        "--credit.redistribution.parts "
+        "'[{redistribution: Uniform, weight: 0.5}, {redistribution: Terminal, weight: 0.6}]'",
+        "0.5, 0.6 and sum to 1.1",
+        "make them sum to 1",
+    ),
+    "function that is no redistribution": (f"{PPO} --credit.redistribution json.dumps", "dumps is no redistribution"),
     "negative kl_coef": (f"{PPO} --credit.kl_coef -1", "kl_coef is -1", "at least 0"),
     "negative rank": (f"{PPO} --lora.r -4", "lora.r is -4", "positive rank"),
     "two rewards": (f"{PPO} --reward_function mine.reward", "mine.reward", "exactly one"),
@@ -362,7 +380,66 @@ def test_classes_nest(config: Path) -> None:
     ]
     assert chosen["class_path"].endswith("Shuffled")
     assert chosen["init_args"]["inner"]["class_path"].endswith("Attention")
-    assert chosen["init_args"]["inner"]["init_args"] == {"beta": 0.3}
+    assert chosen["init_args"]["inner"]["init_args"]["beta"] == 0.3
+
+
+MIXTURE = """
+credit:
+  redistribution:
+    class_path: Mixture
+    init_args:
+      parts:
+        - {redistribution: {class_path: Attention, init_args: {beta: 1.0, heads: [0, 2]}}, weight: 0.5}
+        - {redistribution: PolicyAttention, weight: 0.25}
+        - {redistribution: my_spread.Ends, weight: 0.25}
+"""
+SPREAD = """
+import torch
+
+class Ends:
+    def __init__(self, first: float = 0.5):
+        self.first = first
+
+    def __call__(self, rollout, scores, *, gamma, steps):
+        return self.first * torch.ones_like(rollout.values)
+
+def evenly(rollout, scores, *, gamma, steps):
+    return torch.ones_like(rollout.values)
+"""
+
+
+def test_a_mixture_is_a_list_of_redistributions_and_weights(config: Path) -> None:
+    config.with_name("my_spread.py").write_text(SPREAD)
+    config.with_name("mixture.yaml").write_text(MIXTURE)
+    chosen = resolved("ppo", "--config", config, "--config", config.with_name("mixture.yaml"))
+    parts = chosen["credit"]["redistribution"]["init_args"]["parts"]
+    assert [part["weight"] for part in parts] == [0.5, 0.25, 0.25]
+    attention, policy, own = (part["redistribution"] for part in parts)
+    assert attention["class_path"].endswith(".Attention")
+    assert attention["init_args"] == {"beta": 1.0, "layer": None, "heads": [0, 2], "row": "read"}
+    assert policy["class_path"].endswith(".PolicyAttention")
+    assert own["class_path"] == "my_spread.Ends"
+    assert own["init_args"] == {"first": 0.5}
+    again = write_yaml(config.with_name("again.yaml"), chosen)
+    assert resolved("ppo", "--config", again) == chosen
+    flags = (
+        "--credit.redistribution=Mixture",
+        "--credit.redistribution.parts",
+        "[{redistribution: Uniform, weight: 0.4}, {redistribution: Terminal, weight: 0.6}]",
+    )
+    parts = resolved("ppo", "--config", config, *flags)["credit"]["redistribution"]["init_args"]["parts"]
+    assert [part["redistribution"]["class_path"].rpartition(".")[2] for part in parts] == ["Uniform", "Terminal"]
+
+
+def test_a_class_or_function_of_the_user_is_a_redistribution(config: Path) -> None:
+    config.with_name("my_spread.py").write_text(SPREAD)
+    given = ("--credit.redistribution", "my_spread.Ends", "--credit.redistribution.first", 0.25)
+    chosen = resolved("ppo", "--config", config, *given)["credit"]["redistribution"]
+    assert chosen == {"class_path": "my_spread.Ends", "init_args": {"first": 0.25}}
+    chosen = resolved("ppo", "--config", config, "--credit.redistribution", "my_spread.evenly")
+    assert chosen["credit"]["redistribution"] == "my_spread.evenly"
+    again = write_yaml(config.with_name("again.yaml"), chosen)
+    assert resolved("ppo", "--config", again) == chosen
 
 
 @pytest.mark.parametrize("source", ["Files", "ImdbReviews", "ImdbPairs"])

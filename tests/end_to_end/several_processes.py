@@ -18,6 +18,7 @@ from apportion import (
     Attention,
     CreditConfig,
     EveryToken,
+    PolicyAttention,
     PPOConfig,
     PPOTrainer,
     ReinforcePlusPlus,
@@ -41,6 +42,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "attention and scaled scores": {
         "credit": replace(CREDIT, redistribution=Attention(), termination=EveryToken()),
         "scale_scores": True,
+    },
+    "attention of the policy": {"credit": replace(CREDIT, redistribution=PolicyAttention(), termination=EveryToken())},
+    "attention of the policy, minibatches": {
+        "credit": replace(CREDIT, redistribution=PolicyAttention(mode="last")),
+        "ppo": PPOConfig(num_mini_batches=3),
     },
     "groups": {
         "credit": replace(CREDIT, advantage=GRPO(group_size=4), redistribution=Attention()),

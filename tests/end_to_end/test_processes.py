@@ -20,6 +20,8 @@ NAMES = (
     "rows",
     "macro ratio in small micro-batches",
     "attention and scaled scores",
+    "attention of the policy",
+    "attention of the policy, minibatches",
     "groups",
     "reward to go",
     "whitened groups",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from apportion import Attention, CreditConfig, PPOArguments, PPOConfig, RandomizedNgram, Shuffled
+from apportion import Attention, CreditConfig, Mixture, PPOArguments, PPOConfig, RandomizedNgram, Shuffled, Uniform
 from apportion.train.arguments import to_yaml
 
 
@@ -59,6 +59,24 @@ def test_settings_are_written_as_the_command_line_reads_them() -> None:
         "class_path": "apportion.credit.attention.Attention",
         "init_args": {"beta": 0.5, "layer": None, "heads": None, "row": "read"},
     }
+
+
+def evenly(rollout: Any, scores: Any, **_: Any) -> Any:
+    """A user's own redistribution."""
+    return rollout.response_mask * scores.scores[:, None]
+
+
+def test_a_mixture_is_written_as_a_list_of_redistributions_and_weights() -> None:
+    mixture = Mixture.of({Uniform(beta=0.5): 0.25, evenly: 0.75})
+    written = yaml.safe_load(to_yaml(PPOArguments(credit=CreditConfig(redistribution=mixture))))
+    found = written["credit"]["redistribution"]
+    assert found["class_path"] == "apportion.credit.mixture.Mixture"
+    uniform = {"class_path": "apportion.credit.redistribution.Uniform", "init_args": {"beta": 0.5}}
+    own = f"{__name__}.evenly"
+    assert found["init_args"]["parts"] == [
+        {"redistribution": uniform, "weight": 0.25},
+        {"redistribution": own, "weight": 0.75},
+    ]
 
 
 def test_other_settings_give_other_text_and_the_same_the_same() -> None:

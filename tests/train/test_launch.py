@@ -119,6 +119,15 @@ class Every(TerminationCondition):
         mask = rollout.response_mask
         return mask & (mask.cumsum(1) % self.k == 0) | is_last(mask)
 
+class Halves:
+    def __init__(self, first: float = 0.5):
+        self.first = first
+
+    def __call__(self, rollout, scores, *, gamma, steps):
+        mask = rollout.response_mask
+        begins = mask & (mask.cumsum(1) == 1)
+        return scores.scores[:, None] * (self.first * begins + (1 - self.first) * is_last(mask))
+
 @dataclass(frozen=True, kw_only=True)
 class Greetings(Source):
     rows: int = 4
@@ -168,6 +177,22 @@ def test_classes_of_the_user_are_found_in_the_working_directory(mine: str, task:
     assert config["data"] == {"class_path": f"{mine}.Greetings", "init_args": {"rows": 3}}
     run("ppo --config run/config.yaml --output_dir again", task)
     assert metrics_but_times(here / "run") == metrics_but_times(here / "again")
+
+
+def test_a_redistribution_of_the_user_trains_alone_and_in_a_mixture(mine: str, task: Path, here: Path) -> None:
+    begun = f"ppo --model STORIES --reward_model TASK/reward --data.path TASK/prompts.jsonl {SETTINGS}"
+    own = {"class_path": f"{mine}.Halves", "init_args": {"first": 0.75}}
+    parts = [{"redistribution": own, "weight": 1.0}]
+    chosen = {"own": own, "mixture": {"class_path": "Mixture", "init_args": {"parts": parts}}}
+    for name, redistribution in chosen.items():
+        (here / f"{name}.yaml").write_text(yaml.safe_dump({"credit": {"redistribution": redistribution}}))
+        run(f"{begun} --config {name}.yaml --output_dir {name}", task)
+    alone, mixed = (metrics_but_times(here / name) for name in chosen)
+    assert alone == mixed
+    run(f"{begun} --output_dir terminal", task)
+    assert metrics_but_times(here / "terminal") != alone
+    run("ppo --config mixture/config.yaml --output_dir again", task)
+    assert metrics_but_times(here / "again") == mixed
 
 
 def test_nothing_of_a_working_directory_is_needed_twice_on_the_path(here: Path, task: Path) -> None:

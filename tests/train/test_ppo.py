@@ -20,10 +20,13 @@ from apportion import (
     CreditConfig,
     EveryToken,
     FixedNgram,
+    Mixture,
+    PolicyAttention,
     PPOArguments,
     PPOConfig,
     PrefixDifference,
     Sampling,
+    Terminal,
     Uniform,
 )
 from apportion.batch import Prompts
@@ -63,9 +66,13 @@ def test_the_reward_rises(method: CreditConfig, tmp_path: Path) -> None:
     assert sum(scores[-4:]) / 4 > 4
 
 
-@pytest.mark.parametrize(
-    "credit", [CREDIT, replace(CREDIT, redistribution=Attention()), replace(CREDIT, redistribution=PrefixDifference())]
+REDISTRIBUTIONS = (
+    *(Terminal(), Attention(), PrefixDifference(), PolicyAttention(), PolicyAttention(mode="last", legacy_shift=True)),
+    Mixture.of({Attention(row="mean", heads=(1, 2), layer=0): 0.3, PolicyAttention(): 0.3, PrefixDifference(): 0.4}),
 )
+
+
+@pytest.mark.parametrize("credit", [replace(CREDIT, redistribution=r) for r in REDISTRIBUTIONS])
 def test_the_score_of_a_reward_model_rises_under_every_redistribution(credit: CreditConfig, tmp_path: Path) -> None:
     """abc.md section 10 row 17: providers were accepted that then got nothing to spread by."""
     settings = {"num_steps": 40, "batch_size": 16, "sampling": Sampling(max_new_tokens=12), "scale_scores": True}
@@ -257,6 +264,40 @@ def test_the_critic_reads_a_rollout_once_where_all_of_it_fits(ppo: PPOConfig, pa
     made.state.learners["critic"].module.register_forward_hook(lambda *_: seen.append(1))
     made.train()
     assert len(seen) == passes
+
+
+@pytest.mark.parametrize(
+    ("ppo", "passes"),
+    [
+        (PPOConfig(), 1),
+        (PPOConfig(num_ppo_epochs=2), 2),
+        (PPOConfig(num_mini_batches=2), 3),
+        (PPOConfig(micro_batch_tokens=40), 4),  # twenty for the policy, which reads the rows one by one
+    ],
+)
+def test_the_policy_is_read_for_its_attention_in_a_pass_that_the_update_makes(
+    ppo: PPOConfig, passes: int, tmp_path: Path
+) -> None:
+    """abc.md section 2: ABC-D from the pass that PPO makes anyway."""
+    seen: list[list[int]] = []
+    for name, redistribution in (("plain", Uniform()), ("policy", PolicyAttention())):
+        credit = replace(CREDIT, redistribution=redistribution)
+        settings: dict[str, Any] = {"num_steps": 1, "batch_size": 4, "sampling": Sampling(max_new_tokens=12)}
+        made = trainer(tmp_path / name, ppo=ppo, credit=credit, **settings)
+        seen.append([])
+        made.policy.module.register_forward_hook(lambda *_, calls=seen[-1]: calls.append(1))
+        made.train()
+    assert [len(calls) for calls in seen] == [passes, passes]
+
+
+@pytest.mark.parametrize("changes", [{"ppo": PPOConfig(micro_batch_tokens=60)}, {"gradient_checkpointing": True}])
+def test_how_the_policys_attention_is_read_changes_no_number(changes: dict[str, Any], tmp_path: Path) -> None:
+    for name, more in (("one", {}), ("two", changes)):
+        credit = replace(CREDIT, redistribution=PolicyAttention(), termination=EveryToken())
+        settings = {"sampling": SAMPLING, "learning_rate": 1e-4, "critic_learning_rate": 1e-4}
+        run(tmp_path / name, credit=credit, **settings | more)
+    for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert y == pytest.approx(x, abs=2e-4, rel=2e-4)
 
 
 def test_logged_divergence_length_and_score_are_the_masked_means_that_they_claim(tmp_path: Path) -> None:
@@ -611,6 +652,18 @@ def refused() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
         ),
         "function without attention": (
             {}, {"credit": replace(CREDIT, redistribution=Attention())}, "Attention needs attention"
+        ),
+        "policy without such a layer": (
+            {}, {"credit": replace(CREDIT, redistribution=PolicyAttention(layer=2))}, r"layer 2 is not .*\[0, 1\]"
+        ),
+        "policy without such a head": (
+            {}, {"credit": replace(CREDIT, redistribution=PolicyAttention(heads=(4,)))}, r"heads is \(4,\).* 0 to 3"
+        ),
+        "reward model without such a head": (
+            {"reward_model": reward}, {"credit": replace(CREDIT, redistribution=Attention(heads=(9,)))}, "heads 0 to 3"
+        ),
+        "policy without attention": (
+            {"model": causal("mamba")}, {"credit": replace(CREDIT, redistribution=PolicyAttention())}, "no attention"
         ),
         "reward of two labels": (
             {"reward_model": classifier("llama", num_labels=2)}, {}, "has 2 labels"

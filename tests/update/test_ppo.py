@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from apportion.batch import Credit, Rollout
+from apportion.batch import AttentionRequest, Credit, Rollout
 from apportion.sampling import Sampling
+from apportion.score.policy_attention import read_policy
 from apportion.update.config import PPOConfig
 from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
 from batches import without_type_checks
@@ -19,10 +20,10 @@ RATIOS: tuple[Granularity, ...] = ("token", "macro", "macro_mean")
 OFF = 1e9
 
 
-def change(given: Setting, config: PPOConfig) -> list[Tensor]:
+def change(given: Setting, config: PPOConfig, logprobs: Tensor | None = None) -> list[Tensor]:
     """What an update does to every parameter."""
     before = given.parameters()
-    given.update(config)
+    given.update(config, logprobs=logprobs)
     return [after - first for after, first in zip(given.parameters(), before, strict=True)]
 
 
@@ -69,6 +70,41 @@ def test_the_critic_learns_the_same_from_its_reading_of_the_rollout_as_from_anot
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
     spared = config.num_mini_batches == 1 and config.micro_batch_tokens > 60
     assert len(passes[1]) - len(passes[0]) == int(spared)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("config", SHAPES, ids=["one pass", "epochs", "minibatches", "micro-batches"])
+def test_the_policy_learns_the_same_from_an_earlier_reading_as_from_another(config: PPOConfig, precision: str) -> None:
+    """ABC-D reads the policy before credit is assigned; that reading is the first pass, or the one before several."""
+    early, again = (setting(sgd=True, lr=0.1, precision=precision) for _ in range(2))
+    passes: list[list[int]] = [[], []]
+    for given, seen in zip((early, again), passes, strict=True):
+        given.policy.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+    with early.accelerator.autocast():
+        reading = read_policy(
+            early.policy.module,
+            early.rollout,
+            AttentionRequest(row="mean"),
+            sampling=early.sampling,
+            budget=100_000,
+            logprobs="with graph" if config.num_mini_batches == 1 else "without graph",
+        )
+    # The reading has one more token, so that sums are rounded otherwise.
+    near = {"atol": 1e-6, "rtol": 1e-5} if precision == "no" else {"atol": 2e-3, "rtol": 0.1}
+    for x, y in zip(change(early, config, reading.logprobs), change(again, config), strict=True):
+        torch.testing.assert_close(x, y, **near)
+    assert len(passes[0]) - len(passes[1]) == int(config.micro_batch_tokens == 60)  # read in parts, it is read again
+
+
+def test_the_first_ratio_after_an_earlier_reading_is_one_to_the_bit() -> None:
+    given = setting(precision="bf16")
+    with given.accelerator.autocast():
+        request = AttentionRequest(row="last")
+        options = {"sampling": given.sampling, "budget": 100_000}
+        reading = read_policy(given.policy.module, given.rollout, request, **options, logprobs="with graph")
+    found = given.update(PPOConfig(), logprobs=reading.logprobs)
+    assert found["policy/ratio_max"] == 1
+    assert found["policy/clipfrac"] == found["policy/approx_kl"] == 0
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

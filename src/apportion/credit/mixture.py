@@ -13,8 +13,7 @@ from torch import Tensor
 
 from apportion.batch import Needs, Rollout, Scores
 from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place
-from apportion.credit.row_keys import row_keys
-from apportion.masked import ranks
+from apportion.credit.row_keys import permutations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class Shuffled(Redistribution):
     """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
 
     The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
-    (`row_keys`). Retrospective: a token's place is drawn for the whole response at once.
+    (`permutations`). Retrospective: a token's place is drawn for the whole response at once.
 
     With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
     discounted sum is gamma^(n-1) times its sum. For `PrefixDifference` that is gamma^(n-1) * (R - beta * p_0), while
@@ -137,8 +136,5 @@ class Shuffled(Redistribution):
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Permute the inner shares over the valid tokens."""
-        mask = rollout.response_mask
-        place = ranks(mask).clamp(min=0)
-        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
-        source = torch.where(mask, keys, torch.iinfo(torch.int64).max).argsort(1).gather(1, place)
-        return torch.where(mask, self.inner.shares(rollout, scores).gather(1, source), 0)
+        shares = self.inner.shares(rollout, scores).gather(1, permutations(rollout, self.seed))
+        return torch.where(rollout.response_mask, shares, 0)
