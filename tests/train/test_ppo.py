@@ -665,7 +665,9 @@ def refused() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
             {"reward_model": reward}, {"credit": replace(CREDIT, redistribution=Attention(heads=(9,)))}, "heads 0 to 3"
         ),
         "policy without attention": (
-            {"model": causal("mamba"), "value_model": reward}, {"credit": replace(CREDIT, redistribution=PolicyAttention())}, "no attention"
+            {"model": causal("mamba"), "value_model": reward},
+            {"credit": replace(CREDIT, redistribution=PolicyAttention())},
+            "no attention layer",
         ),
         "reward of two labels": (
             {"reward_model": classifier("llama", num_labels=2)}, {}, "has 2 labels"

@@ -90,9 +90,9 @@ def test_the_policy_learns_the_same_from_an_earlier_reading_as_from_another(conf
             logprobs="with graph" if config.num_mini_batches == 1 else "without graph",
         )
     # The reading has one more token, so that sums are rounded otherwise.
-    near = {"atol": 1e-6, "rtol": 1e-5} if precision == "no" else {"atol": 2e-3, "rtol": 0.1}
+    atol, rtol = (1e-6, 1e-5) if precision == "no" else (2e-3, 0.1)
     for x, y in zip(change(early, config, reading.logprobs), change(again, config), strict=True):
-        torch.testing.assert_close(x, y, **near)
+        torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
     assert len(passes[0]) - len(passes[1]) == int(config.micro_batch_tokens == 60)  # read in parts, it is read again
 
 

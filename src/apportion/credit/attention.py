@@ -30,9 +30,8 @@ class Attention(Redistribution):
         layer: Layer number, negative from the end; None for the last full-attention layer.
         heads: Heads that are averaged, from 0; None for all.
         row: Whose attention it is: "read", the position where the reward head reads, as ABC's paper has it; "last", the
-            response's last token, which ABC's code counts to (another one where a template follows, or where the head
-            does not read the end of the text); "mean", as `PolicyAttention` reads the policy: for each token the mean
-            over the response tokens that see it.
+            response's last token up to there, which ABC's code counts to (another one where a template follows);
+            "mean", as `PolicyAttention` reads the policy: for each token the mean over the response tokens that see it.
 
     Raises:
         ValueError: If beta lies outside [0, 1], the heads are none, or the row is unknown.
