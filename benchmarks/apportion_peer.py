@@ -11,7 +11,8 @@ from workload import Meter, Pace, Workload, policy, prompts, scorer, tokenizer
 import apportion.train.ppo as host
 from apportion.credit.advantages import GAE
 from apportion.credit.assign import CreditConfig
-from apportion.credit.redistribution import Attention, PrefixDifference, Terminal
+from apportion.credit.attention import Attention, PolicyAttention
+from apportion.credit.redistribution import PrefixDifference, Terminal
 from apportion.credit.termination import EveryToken, FixedNgram
 from apportion.sampling import Sampling
 from apportion.train.arguments import PPOArguments
@@ -21,6 +22,9 @@ METHODS = {
     "token PPO": CreditConfig(termination=EveryToken(), redistribution=Terminal(), advantage=GAE(per="token")),
     "MA-PPO": CreditConfig(termination=FixedNgram(n=5), redistribution=Terminal()),
     "ABC": CreditConfig(termination=EveryToken(), redistribution=Attention(beta=0.8), advantage=GAE(per="token")),
+    "ABC-D": CreditConfig(
+        termination=EveryToken(), redistribution=PolicyAttention(beta=0.8), advantage=GAE(per="token")
+    ),
     "PrefixDifference": CreditConfig(
         termination=EveryToken(), redistribution=PrefixDifference(), advantage=GAE(per="token")
     ),
@@ -63,6 +67,7 @@ def main(work: Workload, methods: list[str]) -> None:
     meter.watch(trainer, "respond", "generation")
     meter.watch(trainer, "complete", "forwards")
     meter.watch(trainer, "score", "forwards")
+    meter.watch(host, "with_policy_attention", "policy")
     meter.watch(host, "assign_credit", "credit")
     meter.watch(host, "update", "optimisation")
     trainer.train()

@@ -1,5 +1,6 @@
 """Where the score lands: sums are kept, vectors are those of the documents, and controls only permute."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from apportion import (
     Uniform,
     macro_ids,
 )
+from apportion.batch import rows
 from apportion.credit.attention import attention_fallbacks
 from apportion.masked import ranks
 from batches import (
@@ -286,6 +288,23 @@ def test_padding_changes_nothing(
     placed = redistribution(padded(rollout, left=left, right=right, prompt_left=right), wide)
     torch.testing.assert_close(placed[:, left : left + mask.shape[1]], redistribution(rollout, scores))
     assert torch.equal(placed != 0, (placed != 0) & torch.nn.functional.pad(mask, (left, right)))
+
+
+@every_redistribution
+@given(mask=masks, seed=st.integers(0, 99), constant=st.booleans())
+@settings(max_examples=25)
+def test_a_row_in_a_batch_is_paid_as_alone_and_never_by_nan(
+    redistribution: Redistribution, mask: Tensor, seed: int, constant: bool
+) -> None:
+    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    if constant:  # all scores alike, all weights alike
+        fields = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+        scores = Scores(**{name: torch.where(x.isnan(), x, 1.0) for name, x in fields.items()})
+    placed = redistribution(rollout, scores, gamma=0.9)
+    assert placed.isfinite().all()
+    for b in range(len(mask)):
+        alone = redistribution(rows(rollout, slice(b, b + 1)), rows(scores, slice(b, b + 1)), gamma=0.9)
+        torch.testing.assert_close(alone[0], placed[b])
 
 
 @pytest.mark.parametrize("redistribution", KEEPING + FROM_PROMPT, ids=str)

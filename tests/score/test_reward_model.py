@@ -1,6 +1,7 @@
 """Scores are those of transformers' own classification head, and what comes with them belongs to the same position."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import apportion.score.attention
+from apportion import Attention
 from apportion.batch import NOTHING, AttentionRequest, Needs, Prompts, Scores
 from apportion.rollout import Responses
 from apportion.score.reward_model import FunctionReward, RewardModel, decode
@@ -82,6 +84,79 @@ def test_attention_is_the_row_of_the_position_whose_score_is_read(pad: int, toke
         torch.testing.assert_close(found.attention[row, : len(response)], wanted, atol=1e-5, rtol=1e-5)
         assert (found.attention[row, len(response) :] == 0).all()
         torch.testing.assert_close(found.scores[row], found.prefix_scores[row, read - len(prompt) + 1])
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj"])
+@pytest.mark.parametrize(("row", "layer", "heads"), [("mean", None, None), ("last", 0, (1, 2)), ("read", -1, (3,))])
+def test_row_layer_and_heads_of_the_attention_are_those_asked_for(
+    row: Any,
+    layer: int | None,
+    heads: tuple[int, ...] | None,
+    family: str,
+    pad: int,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    needs = Attention(row=row, layer=layer, heads=heads).needs
+    model = classifier(family, pad_token_id=pad)
+    found = reward_of(model, tokenizer)(prompts_of(*PROMPTS), responses_of(*RESPONSES, pad=pad), needs).attention
+    assert found is not None
+    eager = classifier(family, pad_token_id=pad)
+    eager.set_attn_implementation("eager")
+    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        text = prompt + response
+        read = max(place for place, token in enumerate(text) if token != pad)
+        with torch.no_grad():
+            maps = eager(torch.tensor([text]), output_attentions=True).attentions[-1 if layer is None else layer][0]
+        maps = (maps if heads is None else maps[list(heads)]).float().mean(0)[: read + 1]
+        wanted = maps[read, len(prompt) :]
+        if row == "last" and read < len(prompt):
+            wanted = torch.zeros(len(response))  # no response token is read
+        if row == "mean":
+            columns = [maps[max(j, len(prompt)) :, j] for j in range(len(prompt), len(text))]
+            wanted = torch.stack([column.mean() if len(column) else torch.tensor(0.0) for column in columns])
+        torch.testing.assert_close(found[b, : len(response)], wanted, atol=1e-5, rtol=1e-5)
+        assert (found[b, len(response) :] == 0).all()
+
+
+@pytest.mark.parametrize("row", ["mean", "last"])
+def test_rows_of_the_response_are_found_behind_a_template(
+    row: Any, reward_model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The template's own tokens, after the response, are no rows; the text is read as one without a template is."""
+    needs = Attention(row=row).needs
+    plain = reward_of(reward_model, tokenizer)
+    by_tokens = plain(*readable(tokenizer), needs).attention
+    plain.same_tokens = False
+    by_text = plain(*readable(tokenizer), needs).attention
+    closed = RewardModel(
+        reward_model, tokenizer, tokenizer, template=lambda prompt, response: f"{prompt}{response} and dull"
+    )
+    prompts, responses = readable(tokenizer)
+    texts = [
+        str(tokenizer.decode(ids[mask])) for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+    ]
+    behind = closed(replace(prompts, texts=texts), responses, needs).attention
+    assert by_tokens is not None
+    assert by_text is not None
+    assert behind is not None
+    torch.testing.assert_close(by_text, by_tokens, atol=1e-5, rtol=1e-5)
+    without_end = [b for b, text in enumerate(READABLE) if not text.endswith("</s>")]
+    assert without_end
+    for b in without_end:
+        torch.testing.assert_close(behind[b], by_tokens[b], atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_or_head_that_is_not_there_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    reward = reward_of(classifier("llama"), tokenizer)
+    for redistribution, message in (
+        (Attention(layer=5), r"layer 5 is not an attention layer of .*: choose one of \[0, 1\]"),
+        (Attention(heads=(0, 7)), r"heads is \(0, 7\), the attention layer has heads 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reward.check(redistribution.needs)
+        with pytest.raises(ValueError, match=message):
+            reward(prompts_of(*PROMPTS), responses_of(*RESPONSES), redistribution.needs)
 
 
 def test_prefix_scores_are_the_scores_of_the_text_cut_there(tokenizer: PreTrainedTokenizerFast) -> None:
