@@ -4,11 +4,13 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset
 from workload import Meter, Pace, Workload, policy, prompts, scorer, tokenizer
 
 import apportion.train.ppo as host
+from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.advantages import GAE
 from apportion.credit.assign import CreditConfig
 from apportion.credit.attention import Attention, PolicyAttention
@@ -64,6 +66,15 @@ def main(work: Workload, methods: list[str]) -> None:
         train_dataset=Dataset.from_dict({"prompt": prompts(work)}),
         callbacks=[Pace(meter, next_method)],
     )
+    assign = host.assign_credit
+
+    def assign_as_named(rollout: Rollout, scores: Scores, config: CreditConfig, **more: Any) -> Credit:
+        """Refuse to time an update under the name of a method that its credit does not follow."""
+        if config != trainer.args.credit:
+            raise RuntimeError(f"credit was assigned by {config}, while the turn is that of {trainer.args.credit}")
+        return assign(rollout, scores, config, **more)
+
+    vars(host)["assign_credit"] = assign_as_named
     meter.watch(trainer, "respond", "generation")
     meter.watch(trainer, "complete", "forwards")
     meter.watch(trainer, "score", "forwards")

@@ -153,10 +153,10 @@ class PPOTrainer:
                     rollout = self.complete(prompts, responses, to_learn=True)
                     scores = self._score(prompts, responses)
                     scores, logprobs = with_policy_attention(
-                        self.policy.module, rollout, scores, args, self.accelerator
+                        self.policy.module, rollout, scores, self.args, self.accelerator
                     )
                 with watch("time/credit"):
-                    credit = assign_credit(rollout, self._scaled(scores, rollout), args.credit, reduce=self._sum)
+                    credit = assign_credit(rollout, self._scaled(scores, rollout), self.args.credit, reduce=self._sum)
                 with watch("time/update"):
                     metrics = self._update(rollout, credit, step, logprobs)
                 self._record(rollout, scores, credit, metrics | watch.times)
