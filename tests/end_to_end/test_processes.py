@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from trainers import metrics
 
 HERE = Path(__file__).parent
+# Those of this process too, so that a checkout beside an installed one is tested by its own source.
+PATHS = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 NAMES = (
     "plain",
     "whitened",
@@ -38,7 +40,7 @@ def train(folder: Path, processes: int) -> Path:
     script = [str(HERE / "several_processes.py"), str(folder)]
     options = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
     launched = ["-m", "torch.distributed.run", *options] if processes > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     folder.mkdir()
     result = subprocess.run(
         [sys.executable, *launched, *script], capture_output=True, text=True, timeout=400, check=False, env=environment
@@ -82,7 +84,7 @@ SHARED = "from pathlib import Path; from trainers import trainer; from apportion
 )
 def test_a_batch_that_processes_cannot_share_is_refused(code: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "odd.py"]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=200, check=False, env=environment, cwd=tmp_path
