@@ -16,14 +16,18 @@ SETTINGS = Control(names=["mean-rewards"], seeds=[4, 5], num_steps=7)
 # What each control changes of the one that it stands beside.
 CHANGES = {
     "ma-ppo": {"termination.class_path", "termination.init_args.n"},
-    "abc": {"redistribution.class_path", "redistribution.init_args.beta"},
+    "abc": {"redistribution.class_path", "redistribution.init_args.beta", "redistribution.init_args.row"},
     "prefix-difference": {
         "redistribution.class_path",
         "redistribution.init_args.beta",
         "redistribution.init_args.from_prompt",
     },
-    "uniform": {"redistribution.class_path"},
-    "attention-shuffled": {"redistribution.class_path", "redistribution.init_args.beta"},
+    "uniform": {"redistribution.class_path", "redistribution.init_args.row"},
+    "attention-shuffled": {
+        "redistribution.class_path",
+        "redistribution.init_args.beta",
+        "redistribution.init_args.row",
+    },
     "mean-rewards": {"macro_reward"},
     "kl-over-n": {"kl_coef"},
     "lam-root": {"termination.class_path", "termination.init_args.n", "advantage.init_args.lam"},
