@@ -89,6 +89,8 @@ def padded(rollout: Rollout, *, left: int = 0, right: int = 0, prompt_left: int 
     tensors = {}
     for f in fields(rollout):
         x = getattr(rollout, f.name)
+        if x is None:
+            continue
         fill = torch.nan if x.is_floating_point() else False if x.dtype == torch.bool else JUNK_ID
         tensors[f.name] = torch.nn.functional.pad(x, sides["prompt" if "prompt" in f.name else "response"], value=fill)
     return Rollout(**tensors)

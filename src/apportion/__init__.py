@@ -13,11 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from apportion.batch import Credit, Rollout, Scores
+    from apportion.batch import Credit, ResponseTexts, Rollout, Scores
     from apportion.credit.advantages import GAE, AdvantageEstimator, gae
     from apportion.credit.assign import CreditConfig, assign_credit
+    from apportion.credit.delimiter import Delimiter
     from apportion.credit.groups import GRPO, RLOO, DrGRPO
     from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
+    from apportion.credit.parse import ParseTree
     from apportion.credit.redistribution import (
         Attention,
         PrefixDifference,
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from apportion.credit.reinforce import ReinforcePlusPlus
     from apportion.credit.rewards import token_level_rewards
     from apportion.credit.termination import (
+        Entropy,
         EveryToken,
         FixedNgram,
+        LowProbability,
         Perplexity,
         RandomizedNgram,
         ShuffledBoundaries,
@@ -39,7 +43,10 @@ if TYPE_CHECKING:
     )
     from apportion.credit.token_weights import token_weights
     from apportion.masked import masked_mean, masked_var, masked_whiten
+    from apportion.parsing.conditions import CodeParse, ConstituencyParse
+    from apportion.parsing.parsers import Benepar, Parser, Stanza
     from apportion.sampling import Sampling
+    from apportion.score.text import with_text
     from apportion.train.arguments import PPOArguments
     from apportion.train.ppo import PPOTrainer
     from apportion.update.config import PPOConfig
@@ -51,24 +58,34 @@ __all__ = [
     "RLOO",
     "AdvantageEstimator",
     "Attention",
+    "Benepar",
+    "CodeParse",
+    "ConstituencyParse",
     "Credit",
     "CreditConfig",
+    "Delimiter",
     "DrGRPO",
+    "Entropy",
     "EveryToken",
     "FixedNgram",
+    "LowProbability",
     "PPOArguments",
     "PPOConfig",
     "PPOTrainer",
+    "ParseTree",
+    "Parser",
     "Perplexity",
     "PrefixDifference",
     "RandomizedNgram",
     "Redistribution",
     "ReinforcePlusPlus",
+    "ResponseTexts",
     "Rollout",
     "Sampling",
     "Scores",
     "Shuffled",
     "ShuffledBoundaries",
+    "Stanza",
     "Terminal",
     "TerminationCondition",
     "Uniform",
@@ -88,6 +105,7 @@ __all__ = [
     "token_level_rewards",
     "token_weights",
     "value_loss",
+    "with_text",
 ]
 
 # From light to heavy: a name is imported from the first that has it.
@@ -102,9 +120,14 @@ _HOMES = (
     "credit.rewards",
     "credit.termination",
     "credit.token_weights",
+    "credit.parse",
+    "credit.delimiter",
     "credit.assign",
+    "parsing.parsers",
+    "parsing.conditions",
     "update.losses",
     "sampling",
+    "score.text",
     "update.config",
     "update.ppo",
     "train.arguments",

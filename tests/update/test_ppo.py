@@ -96,7 +96,7 @@ def test_padding_of_the_rollout_changes_nothing() -> None:
             fill = math.nan if x.is_floating_point() else False if x.dtype == torch.bool else -1
             return torch.nn.functional.pad(x, (0, 3), value=fill)
 
-        return {f.name: wider(getattr(batch, f.name)) for f in fields(batch)}
+        return {f.name: wider(x) for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
 
     prompts = {
         "prompt_ids": torch.nn.functional.pad(given.rollout.prompt_ids, (4, 0), value=7),
