@@ -12,8 +12,10 @@ from apportion import (
     GAE,
     Attention,
     CreditConfig,
+    Entropy,
     EveryToken,
     FixedNgram,
+    LowProbability,
     Perplexity,
     PrefixDifference,
     RandomizedNgram,
@@ -35,6 +37,8 @@ TERMINATIONS = (
     RandomizedNgram(),
     Perplexity(),
     Perplexity(variant="segment"),
+    Entropy(),
+    LowProbability(),
     WholeResponse(),
 )
 REDISTRIBUTIONS = (Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention()))
@@ -82,6 +86,7 @@ def operations(config: CreditConfig, rows: int, tokens: int, *, device: str = "c
         old_logprobs=numbers(),
         ref_logprobs=numbers(),
         values=numbers(),
+        entropies=numbers(),
     )
     scores = Scores(scores=numbers()[:, 0], attention=numbers(), prefix_scores=numbers(tokens + 1))
     logprobs, values = numbers().requires_grad_(), numbers().requires_grad_()

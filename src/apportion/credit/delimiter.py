@@ -21,7 +21,8 @@ class Delimiter(TerminationCondition):
     holds the ends of two matches closes once; where tokens share a character, the last of them closes.
 
     Attributes:
-        pattern: A regular expression of Python. By default sentences and lines; `r"\n\n"` for reasoning steps.
+        pattern: A regular expression of Python: `\n` for lines, `\n\n` for reasoning steps, `[.!?](?=\s)` for
+            sentences.
 
     Raises:
         ValueError: If the pattern is no regular expression.
@@ -31,7 +32,7 @@ class Delimiter(TerminationCondition):
         (https://arxiv.org/abs/2410.02743) splits so before it parses.
     """
 
-    pattern: str = r"[.!?](?=\s)|\n+"
+    pattern: str
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compiled."""

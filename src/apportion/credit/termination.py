@@ -194,8 +194,7 @@ class Perplexity(TerminationCondition):
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
         mask = rollout.response_mask
         surprise = compact(-rollout.ref_logprobs.float(), mask)
-        count = mask.sum(1, keepdim=True)
-        opens = _rises(surprise, count) if self.variant == "token" else _mean_rises(surprise, count)
+        opens = _rises(surprise, mask.sum(1, keepdim=True)) if self.variant == "token" else _mean_rises(surprise)
         return _closing_before(opens, mask, ahead=2 if self.early else 1)
 
 
@@ -269,8 +268,10 @@ class LowProbability(TerminationCondition):
 
 def _closing_before(opens: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], ahead: int = 1) -> Bool[Tensor, "B T"]:
     """Mark the tokens so many places before those that open, and the last; `opens` is of the valid tokens alone."""
+    places = ranks(mask)
+    last = places == places[:, -1:]  # and behind it
     closes = torch.nn.functional.pad(opens, (0, 2))[:, ahead : ahead + mask.shape[1]]
-    return mask & closes.gather(1, ranks(mask).clamp(min=0)) | is_last(mask)
+    return mask & (closes.gather(1, places.clamp(min=0)) | last)
 
 
 @dataclass(frozen=True)
@@ -308,8 +309,8 @@ def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Te
     return (surprise > previous) & (columns > 0) & (columns < count)
 
 
-def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
-    """Mark where actions begin when each ends before the token that exceeds its mean.
+def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
 
     Blocks of 1, 2, 4, ... tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the
     right block stay, but for those up to the first that exceeds the mean of the action which the left block leaves
@@ -323,17 +324,19 @@ def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bo
     length = 1 << max(width - 1, 0).bit_length()
     exact = torch.nn.functional.pad(surprise.double(), (0, length - width)).T.contiguous()
     before = exact.cumsum(0) - exact
-    columns = torch.arange(length, dtype=torch.double, device=surprise.device)[:, None]
-    line = exact * columns - before  # s_t (t - i) > P_t - P_i, with the terms of t alone on one side
-    begins = (length - columns).repeat(1, rows)  # counted from the end, so that the first is the largest; 0 is none
-    opened, span = columns.repeat(1, rows), 1  # the last beginning in each block
+    columns = torch.arange(length, device=surprise.device)[:, None]
+    line = torch.addcmul(-before, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
+    small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
+    begins = (length - columns).to(small).repeat(1, rows)  # counted from the end, so that the first is the largest
+    opened, span = columns.double().repeat(1, rows), 1  # the last beginning in each block; 0 in `begins` is none
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
         left, own = opened.view(pairs[0], 2, rows).unbind(1)
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
-        rises = height + before.gather(0, left.long())[:, None] > slope * left[:, None]
+        level = before.gather(0, left.long()).neg_()
+        rises = torch.addcmul(height, slope, left[:, None], value=-1) > level[:, None]
         first = (right * rises).amax(1)
         right *= right <= first[:, None]
         opened = torch.where(first > 0, own, left)
         span *= 2
-    return (begins[:width].T > 0) & (torch.arange(width, device=surprise.device) < count)
+    return (begins[:width] > 0).T.contiguous()

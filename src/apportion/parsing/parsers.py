@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -46,6 +46,10 @@ class Parser(ABC):
     def many(self, texts: Sequence[str]) -> list[Sequence[ParseTree]]:
         """Parse several texts, at once where that is quicker."""
         return [self(text) for text in texts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send the settings alone to another process, which loads for itself."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import IO, Any
@@ -16,7 +16,6 @@ from typing import IO, Any
 from apportion.parsing.parsers import Parse, Parser, ParserUnavailable
 from apportion.parsing.worker import Trees, parsed
 
-_SECONDS_A_TEXT = 60.0
 _TEXTS_AT_ONCE = 32
 _Job = dict[str, "Future[Trees | None]"]
 
@@ -25,24 +24,26 @@ class ParserPool:
     """Parse texts in other processes while this one goes on, each text once.
 
     Workers are started when they are first needed, end with `close`, and never outlive this process. A worker that dies
-    is started again; a text under which it dies once more, or takes longer than a minute, counts as one that cannot be
-    parsed.
+    is started again; a text under which it dies once more, or that takes longer than `patience`, counts as one that
+    cannot be parsed.
 
     Attributes:
         parser: Any parser that can be pickled.
         workers: Processes; 0 parses in this one, when the trees are collected.
         cache_size: Texts whose trees are remembered.
+        patience: Seconds that a text may take.
     """
 
-    def __init__(self, parser: Parser | Parse, *, workers: int, cache_size: int = 20_000) -> None:
-        self.parser, self.workers, self.cache_size = parser, workers, cache_size
+    def __init__(
+        self, parser: Parser | Parse, *, workers: int, cache_size: int = 20_000, patience: float = 60.0
+    ) -> None:
+        self.parser, self.workers, self.cache_size, self.patience = parser, workers, cache_size, patience
         self._cache: OrderedDict[str, Future[Trees | None]] = OrderedDict()
-        self._jobs: SimpleQueue[_Job | None] | None = None
-        self._threads: list[threading.Thread] = []
+        self._crew: _Crew | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the settings alone."""
-        return _fresh, (self.parser, self.workers, self.cache_size)
+        return _fresh, (self.parser, self.workers, self.cache_size, self.patience)
 
     def open(self) -> None:
         """Load the parser, in every worker.
@@ -53,22 +54,9 @@ class ParserPool:
         if not self.workers:
             if isinstance(self.parser, Parser):
                 self.parser.load()
-        elif self._jobs is None:
-            content = _pickled(self.parser)
-            started = [_Worker(content) for _ in range(self.workers)]
-            try:
-                for worker in started:
-                    worker.wait_until_loaded()
-            except ParserUnavailable:
-                for worker in started:
-                    worker.close()
-                raise
-            self._jobs = SimpleQueue()
-            options: Mapping[str, Any] = {"target": _work, "daemon": True}
-            self._threads = [threading.Thread(args=(worker, self._jobs), **options) for worker in started]
-            for thread in self._threads:
-                thread.start()
-            self._end = weakref.finalize(self, _send_home, self._jobs, self.workers)
+        elif self._crew is None:
+            self._crew = _Crew(_pickled(self.parser), self.workers, self.patience)
+            self._end = weakref.finalize(self, self._crew.send_home)
 
     def submit(self, texts: Iterable[str]) -> None:
         """Begin to parse texts; those that have been parsed, or are being parsed, are not parsed again.
@@ -80,11 +68,11 @@ class ParserPool:
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         job: _Job = {text: Future() for text in new}
         self._cache |= job
-        if self._jobs is None:
+        if self._crew is None:
             return
         size = min(_TEXTS_AT_ONCE, -(-len(new) // max(self.workers, 1)))
         for first in range(0, len(new), max(size, 1)):
-            self._jobs.put({text: job[text] for text in new[first : first + size]})
+            self._crew.jobs.put({text: job[text] for text in new[first : first + size]})
 
     def collect(self, texts: Iterable[str]) -> dict[str, Trees | None]:
         """Wait for the trees of texts.
@@ -97,7 +85,7 @@ class ParserPool:
         """
         wanted = list(dict.fromkeys(texts))
         self.submit(wanted)
-        if self._jobs is None:
+        if self._crew is None:
             _settle({text: future for text in wanted if not (future := self._cache[text]).done()}, self.parser)
         found = {text: self._cache[text].result() for text in wanted}
         for text in wanted:
@@ -108,20 +96,93 @@ class ParserPool:
 
     def close(self) -> None:
         """End the workers; what they have parsed is kept, and they are started again if they are needed."""
-        if self._jobs is None:
+        if self._crew is None:
             return
         self._end()
-        for thread in self._threads:
+        self._crew.wait()
+        self._crew = None
+        finished = {text: future for text, future in self._cache.items() if future.done() and not future.cancelled()}
+        self._cache = OrderedDict(finished)
+
+
+class _Crew:
+    """Workers, and for each of them a thread that hands it jobs."""
+
+    def __init__(self, parser: bytes, count: int, patience: float) -> None:
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.ended = threading.Event()
+        self.workers = [_Worker(parser, patience) for _ in range(count)]
+        try:
+            for worker in self.workers:
+                worker.wait_until_loaded()
+        except ParserUnavailable:
+            for worker in self.workers:
+                worker.close()
+            raise
+        self.threads = [threading.Thread(target=self._work, args=(place,), daemon=True) for place in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def send_home(self) -> None:
+        """End the workers at once; texts that wait are not parsed."""
+        self.ended.set()
+        while not self.jobs.empty():
+            _cancel(self.jobs.get() or {})
+        for worker in self.workers:
+            self.jobs.put(None)
+            worker.process.kill()
+
+    def wait(self) -> None:
+        """Wait until everything has ended."""
+        for thread in self.threads:
             thread.join()
-        self._jobs, self._threads = None, []
-        self._cache = OrderedDict((text, future) for text, future in self._cache.items() if future.done())
+
+    def _work(self, place: int) -> None:
+        """Hand jobs to a worker until there are no more."""
+        while (job := self.jobs.get()) is not None:
+            try:
+                self._do(place, job)
+            except Exception as error:  # whoever waits for the trees is told
+                for future in job.values():
+                    if not future.done():
+                        future.set_exception(error)
+        self.workers[place].close()
+
+    def _do(self, place: int, job: _Job) -> None:
+        """Do a job; texts under which the worker died are tried again, one by one."""
+        found = self.workers[place].parse(list(job))
+        if found is not None:
+            for future, trees in zip(job.values(), found, strict=True):
+                future.set_result(trees)
+            return
+        for text, future in job.items():
+            if self.ended.is_set():
+                future.cancel()
+                continue
+            alone = self._living(place).parse([text])
+            if alone is None and not self.ended.is_set():
+                warnings.warn(
+                    f"a parser process died or hung under {text[:60]!r}, which falls back to one action a token; if "
+                    "this goes on, lower the termination's `workers`, or free memory",
+                    stacklevel=2,
+                )
+            future.set_result(None if alone is None else alone[0])
+
+    def _living(self, place: int) -> "_Worker":
+        """Return the worker of a place, or another if it is dead."""
+        worker = self.workers[place]
+        if worker.process.poll() is not None:
+            worker.close()
+            self.workers[place] = worker = _Worker(worker.parser, worker.patience)
+            worker.wait_until_loaded()
+        return worker
 
 
 class _Worker:
     """A process that parses."""
 
-    def __init__(self, parser: bytes) -> None:
-        self.parser = parser
+    def __init__(self, parser: bytes, patience: float) -> None:
+        self.parser, self.patience = parser, patience
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
@@ -147,22 +208,17 @@ class _Worker:
 
     def parse(self, texts: Sequence[str]) -> list[Trees | None] | None:
         """Parse texts; None if the process died or took too long."""
-        watchdog = threading.Timer(_SECONDS_A_TEXT * len(texts), self.process.kill)
+        watchdog = threading.Timer(self.patience * len(texts), self.process.kill)
         watchdog.start()
         try:
             self._say(pickle.dumps(list(texts)))
             return pickle.load(self.answers)
         except (EOFError, OSError, pickle.UnpicklingError):
+            self.process.kill()
+            self.process.wait()
             return None
         finally:
             watchdog.cancel()
-
-    def again(self) -> "_Worker":
-        """Start another in the place of a dead one."""
-        self.close()
-        fresh = _Worker(self.parser)
-        fresh.wait_until_loaded()
-        return fresh
 
     def close(self) -> None:
         """End the process, by force: it holds nothing that could be lost."""
@@ -183,36 +239,10 @@ class _Worker:
             return
 
 
-def _work(worker: _Worker, jobs: "SimpleQueue[_Job | None]") -> None:
-    """Hand jobs to a worker until there are no more."""
-    while (job := jobs.get()) is not None:
-        try:
-            worker = _done(worker, job)
-        except Exception as error:  # whoever waits for the trees is told
-            for future in job.values():
-                if not future.done():
-                    future.set_exception(error)
-    worker.close()
-
-
-def _done(worker: _Worker, job: _Job) -> _Worker:
-    """Do a job, and return a worker that lives. Texts under which one died are tried one by one."""
-    found = worker.parse(list(job))
-    if found is not None:
-        for future, trees in zip(job.values(), found, strict=True):
-            future.set_result(trees)
-        return worker
-    for text, future in job.items():
-        worker = worker.again() if worker.process.poll() is not None else worker
-        alone = worker.parse([text])
-        if alone is None:
-            warnings.warn(
-                f"a parser process died or hung under {text[:60]!r}, which falls back to one action a token; if this "
-                "goes on, lower the termination's `workers`, or free memory",
-                stacklevel=2,
-            )
-        future.set_result(None if alone is None else alone[0])
-    return worker
+def _cancel(job: _Job) -> None:
+    """Give up what waits."""
+    for future in job.values():
+        future.cancel()
 
 
 def _settle(job: _Job, parser: Parser | Parse) -> None:
@@ -221,18 +251,9 @@ def _settle(job: _Job, parser: Parser | Parse) -> None:
         future.set_result(trees)
 
 
-def _send_home(jobs: "SimpleQueue[_Job | None]", workers: int) -> None:
-    """Tell workers that there are no more jobs; those that wait are not done."""
-    while not jobs.empty():
-        for future in (jobs.get() or {}).values():
-            future.cancel()
-    for _ in range(workers):
-        jobs.put(None)
-
-
-def _fresh(parser: Parser | Parse, workers: int, cache_size: int) -> ParserPool:
+def _fresh(parser: Parser | Parse, workers: int, cache_size: int, patience: float) -> ParserPool:
     """Make a pool of the same settings."""
-    return ParserPool(parser, workers=workers, cache_size=cache_size)
+    return ParserPool(parser, workers=workers, cache_size=cache_size, patience=patience)
 
 
 def _pickled(parser: Parser | Parse) -> bytes:

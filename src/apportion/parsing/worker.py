@@ -9,7 +9,9 @@ import contextlib
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Sequence
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from apportion.credit.parse import ParseTree
@@ -46,7 +48,7 @@ def _checked(trees: Any) -> Trees:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the requests end.
+    """Answer until the requests end, and then end the process at once, whatever it is doing.
 
     Args:
         requests: Pickled: the parser, then lists of texts.
@@ -65,8 +67,19 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answer(f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
         return
     answer(None)
+    jobs: SimpleQueue[list[str]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(requests, jobs), daemon=True).start()
     while True:
-        answer(parsed(parser, pickle.load(requests)))
+        answer(parsed(parser, jobs.get()))
+
+
+def _listen(requests: BinaryIO, jobs: "SimpleQueue[list[str]]") -> None:
+    """Take requests while others are worked on; their end is that of the process, which has nothing to save."""
+    try:
+        while True:
+            jobs.put(pickle.load(requests))
+    finally:
+        os._exit(0)
 
 
 def main() -> None:
