@@ -1,6 +1,7 @@
 """Where a regular expression closes an action."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from batches import mask_of, padded, spoiled
 from texts import sizes, with_spans, written
 
 
-def parts(condition: Delimiter, *pieces: str) -> list[str]:
+def parts(condition: Delimiter, *pieces: str) -> Sequence[str]:
     """Segment one row, and join its pieces to actions."""
     closes = condition(written(pieces))[0].tolist()
     return "".join(piece + "|" * close for piece, close in zip(pieces, closes, strict=True)).split("|")[:-1]

@@ -1,6 +1,7 @@
 """The two rules of MA-RLHF's parsing, by hand, against a slow reference, and on texts as policies write them."""
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -55,7 +56,7 @@ def laid_out(forest: list[tuple]) -> tuple[str, list[ParseTree], list[tuple[int,
     text, spans, made = "", [], []
     for nested in forest:
 
-        def span(count: int) -> tuple[int, int]:
+        def span(count: Any) -> tuple[int, int]:
             nonlocal text
             start = len(text)
             text += "x" * max(count, 1)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def pieces(rollout: Rollout, row: int) -> list[str]:
 
 def test_each_token_lies_where_it_was_sampled(gpt2: PreTrainedTokenizerFast) -> None:
     """ma-rlhf.md section 4 row 8: ids that no tokenizer would give for their text keep their own characters."""
-    letters = [gpt2("c")["input_ids"][0], gpt2("a")["input_ids"][0], gpt2("t")["input_ids"][0]]
-    end = gpt2.convert_tokens_to_ids(END)
+    letters = [token for letter in "cat" for token in gpt2(letter)["input_ids"]]
+    end: Any = gpt2.convert_tokens_to_ids(END)
     prompt = gpt2("The")["input_ids"]
     canonical = gpt2(" cat sat.\n\nIt purred")["input_ids"]
     rollout = with_text(rollout_of([prompt] * 4, [letters, canonical, [*canonical, end], [end]], end), gpt2)
