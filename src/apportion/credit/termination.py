@@ -291,6 +291,11 @@ class ShuffledBoundaries(TerminationCondition):
     inner: TerminationCondition
     seed: int = 0
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the inner condition needs."""
+        return getattr(self.inner, "needs", frozenset())
+
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Permute the inner boundaries over the valid tokens but the last."""
         mask = rollout.response_mask

@@ -7,6 +7,7 @@ from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.redistribution import attention_fallbacks
 from apportion.masked import Reduce, masked_mean, masked_var
 from apportion.train.arguments import PPOArguments
+from apportion.train.termination import innermost
 
 
 def batch_metrics(
@@ -39,7 +40,7 @@ def batch_metrics(
     if (group := estimator.responses_per_prompt) > 1:
         lowest, highest = scores.scores.view(-1, group).aminmax(dim=1)
         more["score/flat_groups"] = mean(lowest == highest, torch.ones_like(lowest, dtype=torch.bool))
-    parse_fallbacks = getattr(args.credit.termination, "fallbacks", lambda _: ~everyone)(rollout)
+    parse_fallbacks = getattr(innermost(args.credit.termination), "fallbacks", lambda _: ~everyone)(rollout)
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
         "rollout/length": mean(rollout.lengths),

@@ -13,6 +13,13 @@ from apportion.score.text import with_text
 Watch = Callable[[str], AbstractContextManager[None]]
 
 
+def innermost(condition: Condition) -> Condition:
+    """Return the condition that others (`ShuffledBoundaries`) are wrapped around: it is the one that works ahead."""
+    while (inner := getattr(condition, "inner", None)) is not None:
+        condition = inner
+    return condition
+
+
 class Termination:
     """Give a termination condition what it needs; a context in which its processes live.
 
@@ -25,7 +32,7 @@ class Termination:
     """
 
     def __init__(self, condition: Condition, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.condition, self.tokenizer = condition, tokenizer
+        self.condition, self.tokenizer = innermost(condition), tokenizer
         self.needs: frozenset[str] = getattr(condition, "needs", frozenset())
 
     def __enter__(self) -> Self:
