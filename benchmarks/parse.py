@@ -3,9 +3,9 @@
     python benchmarks/parse.py --data FOLDER [--steps 6]
 
 FOLDER holds `humaneval/HumanEval.jsonl.gz`, `gpt2_tokenizer/tokenizer.json` and `stories260k/`, a language model.
-First each condition on 64 rows of 512 tokens, in processor time of one thread; then 64 programs of HumanEval, cut at 512
-tokens; then the share of `time/parse` in a step of PPO on 32 responses of 128 tokens, of a model of 260,000 parameters,
-beside which parsing weighs as much as it ever can.
+First each condition on 64 rows of 512 tokens, in processor time of one thread; then 64 programs of HumanEval; then the
+share of `time/parse` in a step of PPO on 32 responses of 128 tokens, of a model of 260,000 parameters, beside which
+parsing weighs as much as it ever can.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def workers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "apportion.parsing.worker" in p.cmdline()]
 
 
-CONDITIONS = (parsed(), Delimiter("w1"), Entropy(3.7), LowProbability(0.02))
+CONDITIONS = (parsed(), Delimiter("w1"), Entropy(3.775), LowProbability(0.02))
 
 
 @pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: type(condition).__name__)

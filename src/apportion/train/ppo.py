@@ -33,7 +33,7 @@ from apportion.train.learner import (
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
-from apportion.train.termination import Termination
+from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
 
@@ -117,7 +117,7 @@ class PPOTrainer:
         self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
         self.state = TrainingState.begin(roles, args, self.accelerator)
         self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
-        self.termination = Termination(args.credit.termination, self.tokenizer)
+        self.termination = RunCondition(args.credit.termination, self.tokenizer)
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
         self.evaluation = None
         if eval_prompts is not None and args.eval_steps:

@@ -20,7 +20,7 @@ def innermost(condition: Condition) -> Condition:
     return condition
 
 
-class Termination:
+class RunCondition:
     """Give a termination condition what it needs; a context in which its processes live.
 
     A condition may have, besides `needs`, `open` and `close` for a run, and `prepare(rollout)`, which begins work that
