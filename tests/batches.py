@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jaxtyping
 import torch
@@ -64,6 +64,7 @@ def random_rollout(mask: Tensor, seed: int = 0, *, grid: float | None = None) ->
         old_logprobs=logprobs(),
         ref_logprobs=logprobs(),
         values=torch.randn(mask.shape, generator=generator),
+        entropies=-logprobs(),
     )
     return spoiled(rollout)
 
@@ -71,14 +72,13 @@ def random_rollout(mask: Tensor, seed: int = 0, *, grid: float | None = None) ->
 def spoiled(rollout: Rollout) -> Rollout:
     """Put NaN, and some token, wherever nothing may be read."""
     mask, prompt_mask = rollout.response_mask, rollout.prompt_mask
-    return Rollout(
+    numbers = ("old_logprobs", "ref_logprobs", "values", "entropies")
+    given = {name: x for name in numbers if (x := getattr(rollout, name)) is not None}
+    return replace(
+        rollout,
         prompt_ids=rollout.prompt_ids.masked_fill(~prompt_mask, JUNK_ID),
-        prompt_mask=prompt_mask,
         response_ids=rollout.response_ids.masked_fill(~mask, JUNK_ID),
-        response_mask=mask,
-        old_logprobs=rollout.old_logprobs.masked_fill(~mask, torch.nan),
-        ref_logprobs=rollout.ref_logprobs.masked_fill(~mask, torch.nan),
-        values=rollout.values.masked_fill(~mask, torch.nan),
+        **{name: x.masked_fill(~mask, torch.nan) for name, x in given.items()},
     )
 
 
@@ -103,8 +103,13 @@ def padded(rollout: Rollout, *, left: int = 0, right: int = 0, prompt_left: int 
     tensors = {}
     for f in fields(rollout):
         x = getattr(rollout, f.name)
+        if not isinstance(x, Tensor):
+            continue
         fill = torch.nan if x.is_floating_point() else False if x.dtype == torch.bool else JUNK_ID
         tensors[f.name] = torch.nn.functional.pad(x, sides["prompt" if "prompt" in f.name else "response"], value=fill)
+    if (text := rollout.text) is not None:
+        spans = torch.nn.functional.pad(text.spans, (0, 0, left, right))
+        return Rollout(**tensors, text=replace(text, spans=spans))
     return Rollout(**tensors)
 
 

@@ -88,6 +88,42 @@ def perplexity(ref_logprobs: list[float], variant: str) -> list[int]:
     return ids
 
 
+Nested = int | tuple["Nested", ...]
+"""A parse tree: a leaf is the number of tokens of its word."""
+
+
+def parse(trees: Sequence[Nested], cutoff: int) -> list[int]:
+    """Sizes of the actions: one word extends the last one, fewer tokens than the cutoff are one, other nodes divide.
+
+    Each tree begins anew; a node without tokens changes nothing.
+    """
+    actions: list[int] = []
+
+    def leaves(node: Nested) -> list[int]:
+        return [node] if isinstance(node, int) else [leaf for child in node for leaf in leaves(child)]
+
+    def visit(node: Nested, begins: bool) -> bool:
+        """Return whether the next token begins an action."""
+        words = leaves(node)
+        if sum(words) == 0:
+            return begins
+        if len(words) == 1:
+            if begins:
+                actions.append(0)
+            actions[-1] += words[0]
+        elif sum(words) < cutoff:
+            actions.append(sum(words))
+        else:
+            assert not isinstance(node, int)
+            for child in node:
+                begins = visit(child, begins)
+        return False
+
+    for tree in trees:
+        visit(tree, begins=True)
+    return actions
+
+
 def apart(ids: list[int]) -> list[int]:
     """Make the last token an action of its own, if it is not one."""
     if len(ids) > 1 and ids[-1] == ids[-2]:

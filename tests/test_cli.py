@@ -44,6 +44,22 @@ REFUSED = {
     "no data": ("ppo --model STORIES --reward_model TASK/reward", "give data.path"),
     "no runs": ("compare", "apportion compare RUN..."),
     "n = 0": (f"{PPO} --credit.termination FixedNgram --credit.termination.n 0", "n is 0", "at least 1"),
+    "cutoff = 0": (f"{PPO} --credit.termination CodeParse --credit.termination.cutoff 0", "cutoff is 0", "at least 1"),
+    "unknown grammar": (
+        f"{PPO} --credit.termination CodeParse --credit.termination.language c_sharp",
+        "'c_sharp'",
+        "pip install tree-sitter tree-sitter-c-sharp",
+    ),
+    "unknown parser": (
+        f"{PPO} --credit.termination ConstituencyParse --credit.termination.backend Stanzo",
+        "'Stanzo'",
+        "did you mean Stanza?",
+    ),
+    "no regular expression": (
+        f"{PPO} --credit.termination Delimiter --credit.termination.pattern '['",
+        "pattern is '['",
+        "escape what is meant literally",
+    ),
     "beta over 1": (
         f"{PPO} --credit.redistribution Attention --credit.redistribution.beta 1.5",
         "beta is 1.5",

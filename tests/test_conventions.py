@@ -17,7 +17,8 @@ PACKAGE = ROOT / "src" / "apportion"
 # Left to right. A module imports from its own layer and from those on its left.
 LAYERS = (
     *("masked", "batch", "streams", "data", "sampling", "logprobs", "microbatches", "models", "rollout", "score"),
-    *("credit", "update", "train", "evaluate", "recipes", "stages", "quickstart", "control", "cli", "__main__"),
+    *("credit", "parsing", "update", "train", "evaluate", "recipes", "stages", "quickstart", "control", "cli"),
+    "__main__",
 )
 # Tensors and numbers in, tensors out: no model, no device, no file.
 PURE = ("masked", "batch", "credit", "update.aggregation", "update.losses")

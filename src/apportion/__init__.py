@@ -13,19 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from apportion.batch import AttentionRequest, Credit, Needs, Rollout, Scores
+    from apportion.batch import AttentionRequest, Credit, Needs, ResponseTexts, Rollout, Scores
     from apportion.credit.advantages import GAE, AdvantageEstimator, gae
     from apportion.credit.assign import CreditConfig, assign_credit
     from apportion.credit.attention import Attention, PolicyAttention
+    from apportion.credit.delimiter import Delimiter
     from apportion.credit.groups import GRPO, RLOO, DrGRPO
     from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
     from apportion.credit.mixture import Mixture, Shuffled, Weighted
+    from apportion.credit.parse import ParseTree
     from apportion.credit.redistribution import PrefixDifference, Redistribution, Terminal, Uniform
     from apportion.credit.reinforce import ReinforcePlusPlus
     from apportion.credit.rewards import token_level_rewards
     from apportion.credit.termination import (
+        Entropy,
         EveryToken,
         FixedNgram,
+        LowProbability,
         Perplexity,
         RandomizedNgram,
         ShuffledBoundaries,
@@ -34,7 +38,10 @@ if TYPE_CHECKING:
     )
     from apportion.credit.token_weights import token_weights
     from apportion.masked import masked_mean, masked_var, masked_whiten
+    from apportion.parsing.conditions import CodeParse, ConstituencyParse
+    from apportion.parsing.parsers import Benepar, Parser, Stanza
     from apportion.sampling import Sampling
+    from apportion.score.text import with_text
     from apportion.train.arguments import PPOArguments
     from apportion.train.ppo import PPOTrainer
     from apportion.update.config import PPOConfig
@@ -47,27 +54,37 @@ __all__ = [
     "AdvantageEstimator",
     "Attention",
     "AttentionRequest",
+    "Benepar",
+    "CodeParse",
+    "ConstituencyParse",
     "Credit",
     "CreditConfig",
+    "Delimiter",
     "DrGRPO",
+    "Entropy",
     "EveryToken",
     "FixedNgram",
+    "LowProbability",
     "Mixture",
     "Needs",
     "PPOArguments",
     "PPOConfig",
     "PPOTrainer",
+    "ParseTree",
+    "Parser",
     "Perplexity",
     "PolicyAttention",
     "PrefixDifference",
     "RandomizedNgram",
     "Redistribution",
     "ReinforcePlusPlus",
+    "ResponseTexts",
     "Rollout",
     "Sampling",
     "Scores",
     "Shuffled",
     "ShuffledBoundaries",
+    "Stanza",
     "Terminal",
     "TerminationCondition",
     "Uniform",
@@ -88,6 +105,7 @@ __all__ = [
     "token_level_rewards",
     "token_weights",
     "value_loss",
+    "with_text",
 ]
 
 # From light to heavy: a name is imported from the first that has it.
@@ -103,10 +121,15 @@ _HOMES = (
     "credit.mixture",
     "credit.rewards",
     "credit.termination",
+    "credit.parse",
+    "credit.delimiter",
     "credit.token_weights",
     "credit.assign",
+    "parsing.parsers",
+    "parsing.conditions",
     "update.losses",
     "sampling",
+    "score.text",
     "update.config",
     "update.ppo",
     "train.arguments",

@@ -1,4 +1,4 @@
-"""What flows through the program: prompts, rollouts, scores and credit, as frozen groups of tensors, and what is asked.
+"""What flows through the program: prompts, rollouts, scores and credit, as frozen groups of tensors and texts.
 
 Axes: B rows, P prompt tokens, T response tokens. Prompts are padded on the left, responses on the right; an end-of-text
 token is a response token even where the padding token is the same one.
@@ -31,6 +31,33 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResponseTexts:
+    """What responses say, and where each of their tokens stands in it.
+
+    Attributes:
+        texts: B responses as they read behind their prompts, special tokens left out.
+        spans: (B, T, 2) int64. First character of each sampled token in its text, and the one after its last. Tokens
+            that share a character cover the whole of it; special tokens cover nothing, nor does what was not sampled.
+
+    Raises:
+        ValueError: If there are not as many spans as texts.
+    """
+
+    texts: tuple[str, ...]
+    spans: Int[Tensor, "B T 2"]
+
+    def __post_init__(self) -> None:
+        """Refuse spans of other rows."""
+        if len(self.texts) != len(self.spans):
+            raise ValueError(f"spans has {len(self.spans)} rows; there are {len(self.texts)} texts")
+
+    def __getitem__(self, index: Int[Tensor, " N"] | slice) -> Self:
+        """Take some rows; texts lie on the host, so a tensor of row numbers is read there."""
+        numbers = range(len(self.texts))[index] if isinstance(index, slice) else map(int, index)
+        return replace(self, texts=tuple(self.texts[row] for row in numbers), spans=self.spans[index])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """Sampled responses with all that was known when they were sampled.
 
@@ -44,6 +71,9 @@ class Rollout:
             length, but over its whole vocabulary: top-k and top-p do not apply to it.
         values: (B, T) float. Critic before each token, 0 where there is none; with the critic's graph where the first
             pass of the update is to learn from this very reading of it.
+        entropies: (B, T) float or None. Entropy of the distribution that each token was drawn from, in nats; for
+            terminations that need it.
+        text: What the responses say, for terminations that need it (`apportion.with_text`).
 
     Raises:
         ValueError: If a mask is not bool or a shape does not fit the others.
@@ -56,6 +86,8 @@ class Rollout:
     old_logprobs: Float[Tensor, "B T"]
     ref_logprobs: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"]
+    entropies: Float[Tensor, "B T"] | None = None
+    text: ResponseTexts | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
@@ -67,8 +99,11 @@ class Rollout:
             raise ValueError(
                 f"prompt_ids and prompt_mask have shapes {shapes}; give both ({len(self.response_ids)}, P)"
             )
-        for name in ("response_mask", "old_logprobs", "ref_logprobs", "values"):
-            if (shape := getattr(self, name).shape) != self.response_ids.shape:
+        per_token = ("response_mask", "old_logprobs", "ref_logprobs", "values", "entropies")
+        given = [(name, x.shape) for name in per_token if (x := getattr(self, name)) is not None]
+        given += [] if self.text is None else [("text.spans", self.text.spans.shape[:2])]
+        for name, shape in given:
+            if shape != self.response_ids.shape:
                 raise ValueError(f"{name} has shape {tuple(shape)}; response_ids has {tuple(self.response_ids.shape)}")
 
     @property
@@ -222,7 +257,7 @@ Batch = TypeVar("Batch", Rollout, Scores, Credit)
 
 
 def rows(batch: Batch, index: Int[Tensor, " N"] | slice) -> Batch:
-    """Take some rows of every tensor of a batch.
+    """Take some rows of everything in a batch.
 
     Args:
         batch: A rollout, scores or credit of B rows.

@@ -16,7 +16,7 @@ from apportion.batch import Prompts, Rollout
 from apportion.masked import last_index
 from apportion.microbatches import in_groups
 from apportion.models import Critic, Policy, unwrapped
-from apportion.sampling import Sampling, draw, sampled_logits
+from apportion.sampling import Sampling, draw, entropy, sampled_logits
 
 _LOOK_EVERY = 8
 
@@ -29,16 +29,25 @@ class Responses:
         response_ids: (B, T) int64. Right-padded; T is the longest response of the batch.
         response_mask: (B, T) bool. The end-of-text token is part of the response.
         logprobs: (B, T) float32. Log-probability of each token as it was drawn, in nats; 0 outside the response.
+        entropies: (B, T) float32 or None. Entropy of the distribution that each token was drawn from, in nats, where it
+            was asked for; 0 outside the response.
     """
 
     response_ids: Int[Tensor, "B T"]
     response_mask: Bool[Tensor, "B T"]
     logprobs: Float[Tensor, "B T"]
+    entropies: Float[Tensor, "B T"] | None = None
 
 
 @torch.no_grad()
 def sample(
-    policy: Policy, prompts: Prompts, sampling: Sampling, uniforms: Float[Tensor, "B T"], *, pad_id: int
+    policy: Policy,
+    prompts: Prompts,
+    sampling: Sampling,
+    uniforms: Float[Tensor, "B T"],
+    *,
+    pad_id: int,
+    with_entropies: bool = False,
 ) -> Responses:
     """Draw a response to each prompt.
 
@@ -51,6 +60,7 @@ def sample(
         sampling: The distribution.
         uniforms: (B, T) float. In [0, 1), for T = max_new_tokens; same numbers, same responses.
         pad_id: What stands after the end of a response.
+        with_entropies: Whether to measure the entropy of each distribution that is drawn from.
 
     Returns:
         Responses of up to `max_new_tokens` tokens.
@@ -65,6 +75,7 @@ def sample(
         raise ValueError(f"prompt {int((~prompts.prompt_mask.any(1)).nonzero()[0, 0])} is empty; drop empty prompts")
     ids = torch.full((rows, sampling.max_new_tokens), pad_id, device=prompts.prompt_ids.device)
     logprobs = torch.zeros(ids.shape, device=ids.device)
+    entropies = torch.zeros_like(logprobs) if with_entropies else None
     ended_at = torch.full((rows,), sampling.max_new_tokens, device=ids.device)
     uniforms, eos_ids = uniforms.to(ids.device), torch.tensor(policy.eos_ids, dtype=torch.long, device=ids.device)
     decoder = _Decoder(policy.model, prompts, sampling.max_new_tokens)
@@ -74,6 +85,8 @@ def sample(
         logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)
         tokens, chances = draw(logits, uniforms[active, place])
         ids[active, place], logprobs[active, place] = tokens, chances
+        if entropies is not None:
+            entropies[active, place] = entropy(logits)
         ends = torch.isin(tokens, eos_ids)
         ended_at[active] = torch.where(ends & (ended_at[active] > place + 1), place + 1, ended_at[active])
         if place + 1 == sampling.max_new_tokens:
@@ -86,13 +99,13 @@ def sample(
                 active, tokens = active[still], tokens[still]
                 decoder.keep(still)
         decoder.feed(tokens)
-    mask = torch.arange(ids.shape[1], device=ids.device) < ended_at[:, None]
     width = int(ended_at.max())
-    mask = mask[:, :width]
+    mask = torch.arange(width, device=ids.device) < ended_at[:, None]
     return Responses(
         response_ids=torch.where(mask, ids[:, :width], pad_id),
         response_mask=mask,
         logprobs=torch.where(mask, logprobs[:, :width], 0),
+        entropies=None if entropies is None else torch.where(mask, entropies[:, :width], 0),
     )
 
 
@@ -227,6 +240,7 @@ def complete(
         old_logprobs=responses.logprobs,
         ref_logprobs=ref_logprobs,
         values=values,
+        entropies=responses.entropies,
     )
 
 

@@ -121,3 +121,18 @@ def draw(logits: Float[Tensor, "N V"], uniforms: Float[Tensor, " N"]) -> tuple[I
     # Only logits that are not numbers lead beyond the last token; their log-probability says so.
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Measure how unsure a distribution is.
+
+        H = -sum_v p_v log p_v
+
+    Args:
+        logits: (N, V) float32. -inf on impossible tokens, which add nothing.
+
+    Returns:
+        (N) float32. In nats: 0 where one token is certain, log V where all are alike.
+    """
+    logprobs = logits.log_softmax(-1)
+    return -torch.where(logprobs.isneginf(), 0, logprobs.exp() * logprobs).sum(-1)

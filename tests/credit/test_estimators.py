@@ -22,6 +22,7 @@ from apportion import (
     DrGRPO,
     EveryToken,
     FixedNgram,
+    Mixture,
     Perplexity,
     PrefixDifference,
     Redistribution,
@@ -129,6 +130,7 @@ def slow(rollout: Rollout, scores: Scores, config: CreditConfig) -> tuple[list[l
     for row, p, gains in zip(every, paid, advantages, strict=True):
         shares = reference.normalised(row.attention) if isinstance(config.redistribution, Attention) else [1.0] * 99
         shares = [0.0] * 99 if isinstance(config.redistribution, Terminal) else shares[: len(gains)]
+        assert isinstance(config.redistribution, Redistribution)
         weights = reference.token_weights(shares[: len(gains)], config.redistribution.weight, p.macro_ids)
         weighed.append([w * a for w, a in zip(weights, gains, strict=True)])
     return weighed, [[total or 0.0] * len(p.macro_ids) for total, p in zip(totals, paid, strict=True)]
@@ -386,3 +388,20 @@ def test_a_redistribution_weighs_the_advantage_after_it_was_normalised(estimator
     weights = token_weights(Attention(beta=0.8), rollout, scores, plain.macro_ids)
     torch.testing.assert_close(weighed.advantages, plain.advantages * weights, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(weighed.advantages, plain.advantages)
+
+
+def test_a_mixture_weighs_as_the_mean_of_its_parts_and_a_callable_by_all_that_it_pays() -> None:
+    rollout = random_rollout(mask_of_lengths(7, 3, width=9), 5)
+    scores = random_scores(rollout.response_mask)
+    ids = assign_credit(rollout, scores, CreditConfig(termination=FixedNgram(n=2))).macro_ids
+
+    def first(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
+        columns = torch.arange(rollout.response_mask.shape[1])
+        return scores.scores[:, None] * (columns == 0)
+
+    parts = {Attention(beta=0.5): 0.25, first: 0.75}
+    found = token_weights(Mixture.of(parts), rollout, scores, ids)
+    wanted = sum(weight * token_weights(part, rollout, scores, ids) for part, weight in parts.items())
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(token_weights(first, rollout, scores, ids)[0, :3], torch.tensor([3.5, 3.5, 0.0]))
+    torch.testing.assert_close(found.sum(1), rollout.lengths.float())

@@ -12,8 +12,10 @@ from apportion import (
     GAE,
     Attention,
     CreditConfig,
+    Entropy,
     EveryToken,
     FixedNgram,
+    LowProbability,
     Mixture,
     Perplexity,
     PolicyAttention,
@@ -37,6 +39,8 @@ TERMINATIONS = (
     RandomizedNgram(),
     Perplexity(),
     Perplexity(variant="segment"),
+    Entropy(),
+    LowProbability(),
     WholeResponse(),
 )
 REDISTRIBUTIONS = (
@@ -87,6 +91,7 @@ def operations(config: CreditConfig, rows: int, tokens: int, *, device: str = "c
         old_logprobs=numbers(),
         ref_logprobs=numbers(),
         values=numbers(),
+        entropies=numbers(),
     )
     weights = {"attention": numbers(), "policy_attention": numbers()}
     scores = Scores(scores=numbers()[:, 0], **weights, prefix_scores=numbers(tokens + 1))

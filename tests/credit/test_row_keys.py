@@ -41,7 +41,7 @@ def test_a_token_moved_from_prompt_to_response_gives_other_keys() -> None:
             prompt_mask=mask[:, :cut],
             response_ids=ids[:, cut:],
             response_mask=mask[:, cut:],
-            **{name: wide.new_zeros(1, 9 - cut) for name in ("old_logprobs", "ref_logprobs", "values")},
+            **{name: wide.new_zeros(1, 9 - cut) for name in ("old_logprobs", "ref_logprobs", "values", "entropies")},
         )
         for cut in (3, 4)
     ]

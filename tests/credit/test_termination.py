@@ -11,8 +11,10 @@ from torch import Tensor
 import reference
 from apportion import (
     CreditConfig,
+    Entropy,
     EveryToken,
     FixedNgram,
+    LowProbability,
     Perplexity,
     RandomizedNgram,
     ShuffledBoundaries,
@@ -33,6 +35,8 @@ CONDITIONS: tuple[TerminationCondition, ...] = (
     Perplexity(variant="token"),
     Perplexity(variant="token", early=True),
     Perplexity(variant="segment"),
+    Entropy(threshold=1.5),
+    LowProbability(threshold=0.2),
     WholeResponse(),
     ShuffledBoundaries(inner=FixedNgram(n=3)),
 )
@@ -145,7 +149,9 @@ def test_padding_and_holes_do_not_move_boundaries(
             prompt_ids=rollout.prompt_ids[b : b + 1],
             prompt_mask=rollout.prompt_mask[b : b + 1],
             response_ids=rollout.response_ids[b : b + 1, row],
+            old_logprobs=rollout.old_logprobs[b : b + 1, row],
             ref_logprobs=rollout.ref_logprobs[b : b + 1, row],
+            entropies=None if rollout.entropies is None else rollout.entropies[b : b + 1, row],
         )
         assert torch.equal(condition(alone)[0], closes[b, row])
 
@@ -181,6 +187,32 @@ def test_segment_perplexity_equals_the_slow_loop_on_long_rows(shape: str, width:
     rollout = replace(random_rollout(mask_of_lengths(width)), ref_logprobs=-surprise[None])
     ids = macro_ids(Perplexity(variant="segment")(rollout), rollout.response_mask)
     assert ids[0].tolist() == reference.perplexity((-surprise).tolist(), "segment")
+
+
+def test_a_token_of_high_entropy_or_low_probability_begins_an_action() -> None:
+    """related.md, Segment RM and SAE: entropies 2, .5, 1.8, 1.75, 3 over 1.75 at the third and the fifth token."""
+    rollout = random_rollout(mask_of([[1, 1, 1, 1, 0, 1]]))
+    entropies = torch.tensor([[2.0, 0.5, 1.8, 1.75, 9.0, 3.0]])
+    probabilities = torch.tensor([[0.01, 0.9, 0.19, 0.2, 0.0, 0.1]])
+    rollout = replace(rollout, entropies=entropies, old_logprobs=probabilities.log())
+    wanted = [[0, 0, 1, 1, -1, 2]]
+    for condition in Entropy(1.75), LowProbability(0.2):
+        assert macro_ids(condition(rollout), rollout.response_mask).tolist() == wanted
+
+
+@given(mask=masks, seed=st.integers(0, 99))
+def test_thresholds_reach_from_one_action_a_token_to_one_a_response(mask: Tensor, seed: int) -> None:
+    """related.md, Segment RM: a threshold of 0 is PPO, one that is never reached a bandit."""
+    rollout = random_rollout(mask, seed)
+    for all_tokens, whole in (Entropy(0), Entropy(1000.0)), (LowProbability(1.0), LowProbability(0.0)):
+        assert torch.equal(all_tokens(rollout), EveryToken()(rollout))
+        assert torch.equal(whole(rollout), WholeResponse()(rollout))
+
+
+def test_entropy_without_entropies_is_refused() -> None:
+    rollout = replace(random_rollout(mask_of_lengths(3)), entropies=None)
+    with pytest.raises(ValueError, match=r"Entropy needs Rollout.entropies, which is None; gather them while sampling"):
+        Entropy()(rollout)
 
 
 @given(mask=masks, seed=st.integers(0, 99))
@@ -268,6 +300,9 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
         (lambda: RandomizedNgram(lengths=()), r"lengths is \(\); give at least one length"),
         (lambda: RandomizedNgram(lengths=(2, 0)), r"lengths is \(2, 0\); give at least one length, each at least 1"),
         (lambda: RandomizedNgram(repeats=0), "repeats is 0; each length occurs at least once"),
+        (lambda: Entropy(threshold=-0.5), r"threshold is -0.5; choose a number of at least 0, in nats"),
+        (lambda: Entropy(threshold=float("nan")), "threshold is nan; choose a number"),
+        (lambda: LowProbability(threshold=1.5), r"threshold is 1.5; choose a probability in \[0, 1\]"),
         (lambda: Perplexity(variant="mean"), "variant is 'mean'; choose 'token' or 'segment'"),  # pyright: ignore
         (lambda: Perplexity(variant="segment", early=True), "early is True with variant 'segment'"),
     ],

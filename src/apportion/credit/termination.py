@@ -2,8 +2,10 @@
 
 A condition is called with a rollout and answers for the whole batch at once: (B, T) bool, True on closing tokens. The
 last valid token of a row always closes. Any callable of that form will do; those below are also their own settings.
+Conditions that read text are in `delimiter` and in the package `parsing`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral
@@ -24,9 +26,33 @@ def _check_whole(name: str, number: object) -> None:
         raise ValueError(f"{name} is {number!r}, which counts no tokens; give a whole number, such as 5")
 
 
+_REMEDIES = {
+    "text": "add it with apportion.with_text(rollout, tokenizer)",
+    "entropies": "gather them while sampling, and give them to Rollout",
+}
+
+
 @dataclass(frozen=True)
 class TerminationCondition(ABC):
     """Decide which tokens close a macro action; derive from it to choose a condition by name on the command line."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rollout has to hold besides tokens and log-probabilities: any of "text" and "entropies"."""
+        return frozenset()
+
+    def check(self, rollout: Rollout) -> None:
+        """Refuse a rollout without what `needs` names.
+
+        Args:
+            rollout: Sampled responses.
+
+        Raises:
+            ValueError: If something is missing; it says how to add it.
+        """
+        for name in sorted(self.needs):
+            if getattr(rollout, name) is None:
+                raise ValueError(f"{type(self).__name__} needs Rollout.{name}, which is None; {_REMEDIES[name]}")
 
     @abstractmethod
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
@@ -168,10 +194,84 @@ class Perplexity(TerminationCondition):
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
         mask = rollout.response_mask
         surprise = compact(-rollout.ref_logprobs.float(), mask)
-        count = mask.sum(1, keepdim=True)
-        opens = _rises(surprise, count) if self.variant == "token" else _mean_rises(surprise, count)
-        closes = torch.nn.functional.pad(opens, (0, 2))[:, 2 if self.early else 1 :][:, : mask.shape[1]]
-        return mask & closes.gather(1, ranks(mask).clamp(min=0)) | is_last(mask)
+        opens = _rises(surprise, mask.sum(1, keepdim=True)) if self.variant == "token" else _mean_rises(surprise)
+        return _closing_before(opens, mask, ahead=2 if self.early else 1)
+
+
+@dataclass(frozen=True)
+class Entropy(TerminationCondition):
+    """Close before a token that was drawn from a distribution of high entropy: there the policy had a choice.
+
+        a new action begins at t when    -sum_v p_v log p_v > threshold,    p the distribution that was sampled at t
+
+    Attributes:
+        threshold: In nats, at least 0. At 0 nearly every token is an action, beyond log V the response is one.
+
+    Raises:
+        ValueError: If the threshold is not a number of at least 0.
+
+    Source:
+        Yin et al., 2025 (https://arxiv.org/abs/2501.02790): 1.75 for phi-3, 2 for Llama-3; of the sampled distribution,
+        cut by top-k and top-p where these are set. There, segments end at such a token; here they begin with it.
+    """
+
+    threshold: float = 1.75
+
+    def __post_init__(self) -> None:
+        """Refuse what is no entropy."""
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; choose a number of at least 0, in nats, such as 1.75")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The entropies of the sampled distributions."""
+        return frozenset({"entropies"})
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the tokens before which the policy was unsure, and the last valid token."""
+        self.check(rollout)
+        assert rollout.entropies is not None  # checked above; for the type checker
+        return _closing_before(
+            compact(rollout.entropies > self.threshold, rollout.response_mask), rollout.response_mask
+        )
+
+
+@dataclass(frozen=True)
+class LowProbability(TerminationCondition):
+    """Close before a token that the sampling policy held for unlikely.
+
+        a new action begins at t when    exp(old_logprobs_t) < threshold
+
+    Attributes:
+        threshold: Probability, in [0, 1]. At 0 the response is one action, at 1 nearly every token is.
+
+    Raises:
+        ValueError: If the threshold is no probability.
+
+    Source:
+        SAE (https://arxiv.org/abs/2601.07320) cuts where the sampled token's probability is low; SPO's code counts
+        tokens below 0.9.
+    """
+
+    threshold: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse what is no probability."""
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}; choose a probability in [0, 1], such as 0.2")
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
+        """Mark the tokens before which an unlikely one was drawn, and the last valid token."""
+        least = math.log(self.threshold) if self.threshold else -math.inf
+        return _closing_before(compact(rollout.old_logprobs < least, rollout.response_mask), rollout.response_mask)
+
+
+def _closing_before(opens: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], ahead: int = 1) -> Bool[Tensor, "B T"]:
+    """Mark the tokens so many places before those that open, and the last; `opens` is of the valid tokens alone."""
+    places = ranks(mask)
+    last = places == places[:, -1:]  # and behind it
+    closes = torch.nn.functional.pad(opens, (0, 2))[:, ahead : ahead + mask.shape[1]]
+    return mask & (closes.gather(1, places.clamp(min=0)) | last)
 
 
 @dataclass(frozen=True)
@@ -191,6 +291,11 @@ class ShuffledBoundaries(TerminationCondition):
     inner: TerminationCondition
     seed: int = 0
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the inner condition needs."""
+        return getattr(self.inner, "needs", frozenset())
+
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Permute the inner boundaries over the valid tokens but the last."""
         mask = rollout.response_mask
@@ -209,8 +314,8 @@ def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Te
     return (surprise > previous) & (columns > 0) & (columns < count)
 
 
-def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
-    """Mark where actions begin when each ends before the token that exceeds its mean.
+def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
 
     Blocks of 1, 2, 4, ... tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the
     right block stay, but for those up to the first that exceeds the mean of the action which the left block leaves
@@ -224,17 +329,19 @@ def _mean_rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bo
     length = 1 << max(width - 1, 0).bit_length()
     exact = torch.nn.functional.pad(surprise.double(), (0, length - width)).T.contiguous()
     before = exact.cumsum(0) - exact
-    columns = torch.arange(length, dtype=torch.double, device=surprise.device)[:, None]
-    line = exact * columns - before  # s_t (t - i) > P_t - P_i, with the terms of t alone on one side
-    begins = (length - columns).repeat(1, rows)  # counted from the end, so that the first is the largest; 0 is none
-    opened, span = columns.repeat(1, rows), 1  # the last beginning in each block
+    columns = torch.arange(length, device=surprise.device)[:, None]
+    line = torch.addcmul(-before, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
+    small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
+    begins = (length - columns).to(small).repeat(1, rows)  # counted from the end, so that the first is the largest
+    opened, span = columns.double().repeat(1, rows), 1  # the last beginning in each block; 0 in `begins` is none
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
         left, own = opened.view(pairs[0], 2, rows).unbind(1)
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
-        rises = height + before.gather(0, left.long())[:, None] > slope * left[:, None]
+        level = before.gather(0, left.long()).neg_()
+        rises = torch.addcmul(height, slope, left[:, None], value=-1) > level[:, None]
         first = (right * rises).amax(1)
         right *= right <= first[:, None]
         opened = torch.where(first > 0, own, left)
         span *= 2
-    return (begins[:width].T > 0) & (torch.arange(width, device=surprise.device) < count)
+    return (begins[:width] > 0).T.contiguous()

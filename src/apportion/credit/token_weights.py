@@ -1,5 +1,6 @@
 """Token weights: how a redistribution speaks where rewards are added up."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from apportion.batch import Rollout, Scores
 from apportion.credit.macro_actions import macro_lengths, sum_over_actions, to_tokens
-from apportion.credit.redistribution import Redistribution
+from apportion.credit.mixture import Mixture
+from apportion.credit.redistribution import Redistribution, place
 from apportion.masked import is_last
 
 
 @torch.no_grad()
 def token_weights(
-    redistribution: Redistribution, rollout: Rollout, scores: Scores, ids: Int[Tensor, "B T"]
+    redistribution: Redistribution | Callable, rollout: Rollout, scores: Scores, ids: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     r"""Weigh the tokens of a response by what a redistribution would pay each, for estimators that add up rewards.
 
@@ -29,7 +31,8 @@ def token_weights(
     advantage. A share below 0 weighs nothing. With `WholeResponse` all weights are 1.
 
     Args:
-        redistribution: Whose shares; one of prefix differences has none that weigh (see `CreditConfig`).
+        redistribution: Whose shares; of a callable of your own all that it pays, of a mixture the mean of its parts'
+            weights. One of prefix differences has none that weigh (see `CreditConfig`).
         rollout: The responses.
         scores: Their scores, with what the redistribution needs.
         ids: (B, T) int64. Macro action of each token, -1 outside the response.
@@ -43,12 +46,18 @@ def token_weights(
     Source:
         Token weights on the advantage of a group as in OAR (https://arxiv.org/abs/2601.07408), there by attribution.
     """
-    redistribution._check(rollout, scores)
-    mask = rollout.response_mask
-    shares = redistribution.shares(rollout, replace(scores, scores=torch.ones_like(scores.scores, dtype=torch.float32)))
+    if isinstance(redistribution, Mixture):
+        weights = [p.weight * token_weights(p.redistribution, rollout, scores, ids) for p in redistribution.parts]
+        return torch.stack(weights).sum(0)
+    mask, unit = rollout.response_mask, replace(scores, scores=torch.ones_like(scores.scores, dtype=torch.float32))
+    if isinstance(redistribution, Redistribution):
+        redistribution._check(rollout, scores)
+        shares, weight = redistribution.shares(rollout, unit), redistribution.weight
+    else:
+        shares, weight = place(redistribution, rollout, unit), 1.0
     shares = torch.where(mask, shares.float(), 0).clamp(min=0)
     total, count = shares.sum(1, keepdim=True), mask.sum(1, keepdim=True)
     before_end = torch.where(is_last(mask), 0, shares).sum(1, keepdim=True)
     spread = torch.where(before_end > 0, count * shares / torch.where(total > 0, total, 1), 1)
-    weights = (1 - redistribution.weight) + redistribution.weight * spread
+    weights = (1 - weight) + weight * spread
     return to_tokens(sum_over_actions(weights, ids) / macro_lengths(ids).clamp(min=1), ids)

@@ -7,6 +7,7 @@ from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.attention import attention_fallbacks
 from apportion.masked import Reduce, masked_mean, masked_var
 from apportion.train.arguments import PPOArguments
+from apportion.train.termination import innermost
 
 
 def batch_metrics(
@@ -20,7 +21,7 @@ def batch_metrics(
         credit: Who earned it.
         ended: (B) bool. Whether each response has ended by itself.
         scale: Factor from the reward's units to those that are trained on.
-        args: Its `credit` is read.
+        args: Its `credit` is read, and its termination asked for the rows that it could not parse.
         reduce: Sums a tensor over processes.
 
     Returns:
@@ -39,6 +40,7 @@ def batch_metrics(
     if (group := estimator.responses_per_prompt) > 1:
         lowest, highest = scores.scores.view(-1, group).aminmax(dim=1)
         more["score/flat_groups"] = mean(lowest == highest, torch.ones_like(lowest, dtype=torch.bool))
+    parse_fallbacks = getattr(innermost(args.credit.termination), "fallbacks", lambda _: ~everyone)(rollout)
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
         "rollout/length": mean(rollout.lengths),
@@ -56,4 +58,5 @@ def batch_metrics(
         "credit/advantage_std": float(masked_var(credit.advantages, mask, reduce=reduce).sqrt()),
         "credit/return_mean": mean(credit.returns, mask),
         "credit/attention_fallbacks": float(reduce(attention_fallbacks(rollout, scores).float())),
+        "credit/parse_fallbacks": float(reduce(parse_fallbacks.sum().float())),
     } | more

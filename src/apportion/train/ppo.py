@@ -35,6 +35,7 @@ from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
 from apportion.train.reading import first_pass_is_known, with_policy_attention
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
+from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
 
@@ -118,6 +119,7 @@ class PPOTrainer:
         self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
         self.state = TrainingState.begin(roles, args, self.accelerator)
         self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
+        self.termination = RunCondition(args.credit.termination, self.tokenizer)
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
         if (request := needs_of(args.credit.redistribution).policy_attention) is not None:
             check_request(policy_model, request)
@@ -134,9 +136,15 @@ class PPOTrainer:
         """Train, from the beginning or from where the run folder was left.
 
         Raises:
-            ValueError: If the run folder cannot be used, or a score is not finite (a checkpoint is written first).
+            ValueError: If the run folder cannot be used, a parser cannot be loaded, or a score is not finite (a
+                checkpoint is written first).
             Diverged: If too many steps in a row had a loss or gradient that was not finite.
         """
+        with self.termination:
+            self._train()
+
+    def _train(self) -> None:
+        """Run the loop."""
         self._open()
         args = self.args
         if self.counters["step"] == 0 and self.evaluation is not None and self._fresh:
@@ -151,10 +159,13 @@ class PPOTrainer:
                     responses = self.respond(prompts, generator(args.seed, "sample", step))
                 with watch("time/score"):
                     rollout = self.complete(prompts, responses, to_learn=True)
+                rollout = self.termination.prepared(rollout, watch)
+                with watch("time/score"):
                     scores = self._score(prompts, responses)
                     scores, logprobs = with_policy_attention(
                         self.policy.module, rollout, scores, self.args, self.accelerator
                     )
+                self.termination.settle(rollout, watch)
                 with watch("time/credit"):
                     credit = assign_credit(rollout, self._scaled(scores, rollout), self.args.credit, reduce=self._sum)
                 with watch("time/update"):
@@ -175,12 +186,14 @@ class PPOTrainer:
             total: Size of the whole batch; by default `batch_size`, of which this process has its share.
         """
         sampling, rows = self.args.sampling, len(prompts.prompt_ids)
+        with_entropies = total is None and "entropies" in self.termination.needs  # credit is assigned in training only
         if total is None:
             first, total = self.accelerator.process_index * rows, self.args.batch_size
         uniforms = torch.rand(total, sampling.max_new_tokens, generator=numbers)[first : first + rows]
         policy = self.accelerator.unwrap_model(self.policy.module)
         with evaluating(policy), self.accelerator.autocast():
-            return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id)
+            pad_id = self.prompts.pad_id
+            return sample(policy, prompts, sampling, uniforms, pad_id=pad_id, with_entropies=with_entropies)
 
     def complete(
         self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False

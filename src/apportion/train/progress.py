@@ -44,7 +44,7 @@ def progress(total: int, done: int, wanted: bool = True) -> Iterator[Callable[..
 
 
 class Stopwatch:
-    """Seconds of each stage of a step; devices are waited for."""
+    """Seconds of each stage of a step, summed where it is entered more than once; devices are waited for."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
@@ -54,7 +54,7 @@ class Stopwatch:
         """Time what happens inside."""
         begin = _now()
         yield
-        self.times[name] = _now() - begin
+        self.times[name] = self.times.get(name, 0.0) + _now() - begin
 
 
 def _now() -> float:

@@ -80,6 +80,11 @@ class PPOConfig:
         """How far the ratio may go down and up; with `clip="token"` the log ratio of a token, in nats."""
         return self.cliprange, self.cliprange if self.cliprange_high is None else self.cliprange_high
 
+    @property
+    def policy_tokens(self) -> int:
+        """Tokens that the policy is given at once while it learns: half, for each has logits, and their gradient."""
+        return self.micro_batch_tokens // 2
+
     @classmethod
     def paper(cls, **changes: Any) -> Self:
         """Clip the ratio of a macro action, as MA-RLHF's paper describes it, with changes by keyword."""

@@ -86,7 +86,8 @@ def update(
     """
     step = _Step(policy, critic, config, sampling, accelerator)
     step.first_values = rollout.values if rollout.values.requires_grad else None
-    rollout = replace(rollout, values=rollout.values.detach())
+    # Texts and entropies are for credit; minibatches need not carry them along.
+    rollout = replace(rollout, values=rollout.values.detach(), entropies=None, text=None)
     step.first_logprobs = logprobs if logprobs is not None and logprobs.requires_grad else None
     if config.num_mini_batches == 1:
         behaviour = rollout.old_logprobs.clone()

@@ -1,0 +1,149 @@
+"""Time termination conditions: alone, and reading programs by `CodeParse` within a step of PPO.
+
+    python benchmarks/parse.py --data FOLDER [--steps 6]
+
+FOLDER holds `humaneval/HumanEval.jsonl.gz`, `gpt2_tokenizer/tokenizer.json` and `stories260k/`, a language model.
+First each condition on 64 rows of 512 tokens, in processor time of one thread; then 64 programs of HumanEval, cut at
+512 tokens; then the share of `time/parse` in a step of PPO on 32 responses of 128 tokens, of a model of 260,000
+parameters, beside which parsing weighs as much as it ever can.
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from apportion import (
+    CodeParse,
+    CreditConfig,
+    Delimiter,
+    Entropy,
+    EveryToken,
+    FixedNgram,
+    LowProbability,
+    Perplexity,
+    PPOArguments,
+    PPOTrainer,
+    RandomizedNgram,
+    ResponseTexts,
+    Rollout,
+    Sampling,
+    WholeResponse,
+    with_text,
+)
+
+ROWS, TOKENS = 64, 512
+CONDITIONS = (
+    EveryToken(),
+    FixedNgram(),
+    RandomizedNgram(),
+    Perplexity(),
+    Perplexity(variant="segment"),
+    Entropy(),
+    LowProbability(),
+    Delimiter(r"\n"),
+    Delimiter(r"[.!?](?=\s)"),
+    WholeResponse(),
+)
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """Median processor time."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        function()
+        times.append(time.process_time() - begin)
+    return 1000 * statistics.median(times)
+
+
+def rollout_of(ids: torch.Tensor, mask: torch.Tensor) -> Rollout:
+    numbers = -3 * torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    return Rollout(
+        prompt_ids=ids[:, :1],
+        prompt_mask=torch.zeros_like(mask[:, :1]),
+        response_ids=ids,
+        response_mask=mask,
+        old_logprobs=numbers,
+        ref_logprobs=numbers,
+        values=numbers,
+        entropies=-numbers,
+    )
+
+
+def alone() -> None:
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    text = ("The quick brown fox, jumped over the lazy dog and so on. " * 60)[: 4 * TOKENS]
+    places = torch.arange(TOKENS) * 4
+    text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
+    rollout = Rollout(**vars(rollout_of(torch.ones(ROWS, TOKENS, dtype=torch.long), mask)) | {"text": text_of})
+    for condition in CONDITIONS:
+        print(f"| `{condition}` | {milliseconds(lambda c=condition: c(rollout), 100):.2f} |")
+
+
+def programs(data: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(data / "gpt2_tokenizer" / "tokenizer.json"))
+    with gzip.open(data / "humaneval" / "HumanEval.jsonl.gz", "rt") as lines:
+        rows = [row["prompt"] + row["canonical_solution"] for row in map(json.loads, lines)][:ROWS]
+    encoded = [ids[:TOKENS] for ids in tokenizer(rows)["input_ids"]]
+    mask = torch.arange(max(map(len, encoded))) < torch.tensor([*map(len, encoded)])[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([number for row in encoded for number in row])
+    rollout = rollout_of(ids, mask)
+    read = with_text(rollout, tokenizer)
+    CodeParse()(read)  # loads the grammar
+    tokens = float(rollout.lengths.float().mean())
+    print(f"{ROWS} programs of {tokens:.0f} tokens on average")
+    print(f"| `with_text` | {milliseconds(lambda: with_text(rollout, tokenizer), 5):.0f} |")
+    print(f"| `CodeParse()`, nothing remembered | {milliseconds(lambda: CodeParse()(read), 5):.0f} |")
+
+
+def in_a_step(data: Path, steps: int) -> None:
+    prompts = Dataset.from_dict({"prompt": ["Once upon a time", "The dog", "def add(x, y):", "A girl"] * 8})
+    with tempfile.TemporaryDirectory() as folder:
+        args = PPOArguments(
+            output_dir=f"{folder}/run",
+            num_steps=steps,
+            batch_size=32,
+            eval_steps=0,
+            save_steps=0,
+            credit=CreditConfig(termination=CodeParse()),
+            sampling=Sampling(max_new_tokens=128, min_new_tokens=128),
+        )
+        model = str(data / "stories260k")
+
+        def length(completions: list[str], **_: object) -> list[float]:
+            return [float(len(text)) for text in completions]
+
+        PPOTrainer(args, model=model, reward_model=length, train_dataset=prompts).train()
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = []
+    for line in lines[1:]:
+        times = {name: value for name, value in line.items() if name.startswith("time/")}
+        shares.append(times["time/parse"] / sum(times.values()))
+        print({name: round(value, 3) for name, value in times.items()}, line["credit/parse_fallbacks"])
+    print(f"share of a step: {100 * statistics.median(shares):.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time termination conditions.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of HumanEval, a tokenizer and a model")
+    parser.add_argument("--steps", type=int, default=6, help="updates of the run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.zeros(4 * 2**20)  # as in benchmarks/credit.py: keep freed memory at hand
+    alone()
+    programs(arguments.data)
+    in_a_step(arguments.data, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

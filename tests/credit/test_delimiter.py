@@ -1,0 +1,92 @@
+"""Where a regular expression closes an action."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apportion import Delimiter, Rollout, macro_ids
+from batches import mask_of, padded, spoiled
+from texts import sizes, with_spans, written
+
+
+def parts(condition: Delimiter, *pieces: str) -> Sequence[str]:
+    """Segment one row, and join its pieces to actions."""
+    closes = condition(written(pieces))[0].tolist()
+    return "".join(piece + "|" * close for piece, close in zip(pieces, closes, strict=True)).split("|")[:-1]
+
+
+def test_sentences_lines_and_steps_close() -> None:
+    pieces = ("Yes", ".", " 1", ".5", " it", " is", "!\n", "\n", "So", " be", " it")
+    assert parts(Delimiter(r"[.!?](?=\s)"), *pieces) == ["Yes.", " 1.5 it is!\n", "\nSo be it"]
+    assert parts(Delimiter(r"\n"), *pieces) == ["Yes. 1.5 it is!\n", "\n", "So be it"]
+    assert parts(Delimiter(r"\n\n"), *pieces) == ["Yes. 1.5 it is!\n\n", "So be it"]
+
+
+def test_the_token_with_the_last_character_of_a_match_closes() -> None:
+    """The match "ab" ends inside the second token, and twice inside the third; an empty match closes nothing."""
+    assert parts(Delimiter("ab"), "xa", "bx", "ababx", "x") == ["xabx", "ababx", "x"]
+    assert parts(Delimiter("(?=b)"), "a", "b", "c") == ["abc"]
+
+
+def test_of_tokens_that_share_a_character_the_last_one_closes() -> None:
+    spans = torch.tensor([[[0, 1], [1, 2], [1, 2], [2, 3], [3, 3]]])
+    rollout = with_spans(mask_of([[1, 1, 1, 1, 1]]), ("a語b",), spans)
+    assert Delimiter("語")(rollout).int().tolist() == [[0, 0, 1, 0, 1]]
+
+
+def slow(rollout: Rollout, pattern: str, row: int) -> list[bool]:
+    """Token by token: does it hold the last character of a match that the next token with text does not hold too?"""
+    assert rollout.text is not None
+    text = rollout.text.texts[row]
+    spans = rollout.text.spans[row][rollout.response_mask[row]].tolist()
+    ends = {match.end() - 1 for match in re.finditer(pattern, text) if match.end() > match.start()}
+    holders = {max(t for t, (start, end) in enumerate(spans) if start <= place < end) for place in ends}
+    return [t in holders or t == len(spans) - 1 for t in range(len(spans))]
+
+
+@given(
+    drawn=st.lists(st.lists(st.sampled_from(["a", "b", ".", " ", "", "é", "ab.", "\n"]), max_size=9), max_size=4),
+    pattern=st.sampled_from(["a", r"\.", r"[ab]+\.?", r"\s", "ab", "(?<=a)b"]),
+    left=st.integers(0, 3),
+    right=st.integers(0, 3),
+)
+def test_batches_rows_and_padding_agree_with_the_slow_loop(drawn: list, pattern: str, left: int, right: int) -> None:
+    rows = [*drawn, [""], []]
+    rollout, condition = written(*rows), Delimiter(pattern)
+    closes = condition(rollout)
+    for row, pieces in enumerate(rows):
+        assert closes[row, : len(pieces)].tolist() == slow(rollout, pattern, row)
+        if pieces:
+            assert condition(written(pieces))[0].tolist() == closes[row, : len(pieces)].tolist()
+    wide = padded(rollout, left=left, right=right)
+    assert torch.equal(condition(wide)[:, left : left + closes.shape[1]], closes)
+    ids = macro_ids(closes, rollout.response_mask)
+    assert ((ids < 0) == ~rollout.response_mask).all()
+    assert torch.equal(condition(spoiled(replace(rollout, response_ids=rollout.response_ids + 1))), closes)
+
+
+def test_holes_and_padding_on_the_left_are_not_read() -> None:
+    rollout = written(["a", "b", "a", "b"])
+    assert rollout.text is not None
+    holes = replace(rollout, response_mask=mask_of([[1, 0, 1, 1]]))
+    spans = torch.tensor([[[0, 1], [0, 0], [1, 2], [2, 3]]])
+    holes = replace(holes, text=replace(rollout.text, texts=("aab",), spans=spans))
+    assert Delimiter("a")(holes).int().tolist() == [[1, 0, 1, 1]]
+    assert sizes(Delimiter("b")(written(["a", "b", "a"]))[0]) == [2, 1]
+
+
+def test_a_rollout_without_text_is_refused() -> None:
+    rollout = replace(written(["a"]), text=None)
+    message = r"Delimiter needs Rollout.text, which is None; add it with apportion.with_text\(rollout, tokenizer\)"
+    with pytest.raises(ValueError, match=message):
+        Delimiter("a")(rollout)
+
+
+def test_what_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pattern is '\(', which is no regular expression \(.*\); mend it, or escape"):
+        Delimiter("(")
