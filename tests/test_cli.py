@@ -156,6 +156,11 @@ REFUSED = {
     ),
     "infinite learning rate": (f"{PPO} --learning_rate .inf", "learning_rate is inf", "choose a positive number"),
     "decay of 1.5": (f"{PPO} --adam_beta1 1.5", "adam_beta1 is 1.5", "choose a number in [0, 1)"),
+    "more tokens than positions": (
+        f"{PPO} --sampling.max_new_tokens 600",
+        "max_new_tokens (600) exceed the 512 positions",
+        "lower max_prompt_length or sampling.max_new_tokens",
+    ),
     "folder for data": (f"{PPO} --data.path TASK", "is a folder", "name a file in it"),
     "reward model without a head": (f"{PPO} --reward_model STORIES", "stories", "give a reward model"),
     "reference of another vocabulary": (

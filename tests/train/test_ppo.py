@@ -484,6 +484,20 @@ def test_a_run_whose_steps_are_not_finite_stops_after_the_limit(tmp_path: Path) 
     assert [line["update/skipped_steps"] for line in lines] == [0.0, 1.0, 1.0]
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_models_that_are_lost_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="the policy holds numbers that are not finite and is not saved"):
+        run(tmp_path, learning_rate=1e39, num_steps=1)
+    assert latest_checkpoint(tmp_path) is None
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_in_half_precision_learns_in_float32(tmp_path: Path) -> None:
+    model = causal("llama", torch.bfloat16)
+    run(tmp_path, roles={"model": model}, num_steps=1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 class Witness(TrainerCallback):
     """Write down what it hears; ask for a checkpoint or a stop after given updates."""
 

@@ -32,6 +32,11 @@ class PromptSet:
     dropped: int
     pad_id: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids))
+
     def __len__(self) -> int:
         """Number of prompts."""
         return len(self.ids)

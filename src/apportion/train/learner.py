@@ -33,6 +33,10 @@ from apportion.train.checkpoint import flatten_state, random_state, restore_stat
 from apportion.update.ppo import Learner
 
 
+class Diverged(RuntimeError):
+    """Losses, gradients or parameters are not finite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """Who plays which part.
@@ -77,6 +81,8 @@ def cast_roles(
             "ref_model is the policy itself, which learns; give another, or leave it out for a frozen copy"
         )
     check_vocabulary("critic", value_model, model)
+    for learner in filter(None, (model, value_model)):
+        in_float32(learner)
     eos_ids = end_tokens(model, tokenizer)
     if ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
@@ -94,6 +100,33 @@ def cast_roles(
     reference = policy if ref_model is None else Policy(ref_model.eval().requires_grad_(False), eos_ids)
     switch = partial(adapters_off, model) if ref_model is None else torch.no_grad
     return Roles(policy=policy, critic=critic, reference=reference, as_reference=switch)
+
+
+def in_float32(model: nn.Module) -> None:
+    """Hold what learns in float32: in half precision a step of a usual learning rate is lost in rounding."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            model.float()
+            return
+
+
+def check_room(model: nn.Module, prompt: int, new: int) -> None:
+    """Refuse texts that are longer than a model has positions, on which it would fail, or ramble, later.
+
+    Args:
+        model: The policy.
+        prompt: Tokens of the longest prompt.
+        new: Tokens of the longest response.
+
+    Raises:
+        ValueError: With the three numbers.
+    """
+    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt + new > positions:
+        raise ValueError(
+            f"prompts of up to {prompt} tokens and max_new_tokens ({new}) exceed the {positions} positions of the "
+            "policy; lower max_prompt_length or sampling.max_new_tokens"
+        )
 
 
 def critic_model(
@@ -287,6 +320,18 @@ class TrainingState:
             rates["value/lr" if name == "critic" else "policy/lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
         return rates
+
+    def check_finite(self) -> None:
+        """Refuse to keep models that are lost.
+
+        Raises:
+            Diverged: If a parameter is not finite.
+        """
+        for name, learner in self.learners.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in trained_tensors(learner.module).values()):
+                raise Diverged(
+                    f"the {name} holds numbers that are not finite and is not saved; lower the learning rates"
+                )
 
     def save(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Return tensors by file and name, and the rest as something JSON can hold."""

@@ -22,8 +22,10 @@ from apportion.train.arguments import PPOArguments, check_shares, to_yaml
 from apportion.train.callbacks import Callbacks
 from apportion.train.evaluation import Evaluation
 from apportion.train.learner import (
+    Diverged,
     TrainingState,
     cast_roles,
+    check_room,
     check_vocabulary,
     critic_model,
     evaluating,
@@ -40,16 +42,12 @@ from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
 
 
-class Diverged(RuntimeError):
-    """Losses or gradients have not been finite for too many steps in a row."""
-
-
 class PPOTrainer:
     """Train a language model by PPO, with credit assigned as the settings say.
 
     Args:
         args: The settings.
-        model: The policy: a causal language model, or a path to one.
+        model: The policy: a causal language model, or a path to one. What learns is held in float32.
         reward_model: What scores responses: a sequence classifier with one label or a path to one, or a function
             `(prompts, completions, **columns) -> list[float]` as in TRL.
         train_dataset: A data set with a column `prompt`; its other columns go to reward functions.
@@ -105,6 +103,8 @@ class PPOTrainer:
         # What learns is held in float32: in bfloat16 a step of a usual learning rate is lost in rounding.
         dtype = "float32" if peft_config is None else "auto"
         policy_model = load_policy(model, dtype=dtype) if isinstance(model, str) else model
+        longest = max(split.longest for split in (self.prompts, eval_prompts) if split is not None)
+        check_room(policy_model, longest, args.sampling.max_new_tokens)
         reward_tokenizer = reward_processing_class or (
             tokenizer_of(reward_model) if isinstance(reward_model, str) else self.tokenizer
         )
@@ -280,6 +280,7 @@ class PPOTrainer:
         latest = self.run.latest_checkpoint()
         if latest is not None and latest.step == self.counters["step"]:
             return
+        self.state.check_finite()
         tensors, trees = self.state.save()
         content = {"trees": trees, "counters": self.counters, "score_scale": self.score_scale}
         self.run.save_checkpoint(self.counters["step"], tensors, content)
