@@ -362,3 +362,12 @@ def test_a_completion_keeps_the_space_that_begins_it(shared: Path) -> None:
     )
     responses = Responses(response_ids=ids, response_mask=torch.ones_like(ids, dtype=torch.bool), logprobs=ids.float())
     assert decode(tokenizer, prompts, responses) == [" went home"]
+
+
+def test_a_function_that_the_columns_do_not_fit_is_refused_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    def wanted_word(completions: list[str], wanted: list[str], **_: object) -> list[float]:
+        return [float(word in text) for text, word in zip(completions, wanted, strict=True)]
+
+    with pytest.raises(ValueError, match=r"prompts, completions, other: missing .* 'wanted'; add the column"):
+        FunctionReward(wanted_word, tokenizer, ["other"])
+    FunctionReward(wanted_word, tokenizer, ["wanted", "other"])

@@ -177,5 +177,5 @@ class _Measure:
             )
         if self.settings.reward_function is not None:
             function = named(self.settings.reward_function)
-            rewards[name_of(function)] = FunctionReward(function, self.tokenizer)
+            rewards[name_of(function)] = FunctionReward(function, self.tokenizer, self.prompts.columns)
         return rewards

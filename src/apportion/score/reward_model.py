@@ -1,6 +1,7 @@
 """The score of each response, and what a redistribution asks the reward model for besides."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,11 +36,18 @@ class FunctionReward:
     Attributes:
         function: Called as `function(prompts, completions, **columns)`; one number a response.
         tokenizer: The policy's; it decodes the completions, without special tokens.
+
+    Raises:
+        ValueError: If the function cannot be called with the columns that it is given.
     """
 
-    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, columns: Iterable[str] | None = None
+    ) -> None:
         self.function = function
         self.tokenizer = tokenizer
+        if columns is not None:
+            _check_call(function, list(columns))
 
     def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
         """Score B responses.
@@ -254,6 +262,19 @@ def _number(score: Any, row: int, source: str) -> float:
         return float(score)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} returned {score!r} for response {row}; return a number for each") from error
+
+
+def _check_call(function: RewardFunction, columns: list[str]) -> None:
+    """Refuse a function that the columns of the data do not fit, before anything is sampled for it."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # not written in Python: it is not known what it takes
+    try:
+        signature.bind(prompts=None, completions=None, **dict.fromkeys(columns))
+    except TypeError as error:
+        given = ", ".join(("prompts", "completions", *columns))
+        raise ValueError(f"{_name(function)} is called with {given}: {error}; add the column, or take **_") from error
 
 
 def _name(function: Any) -> str:

@@ -125,7 +125,7 @@ class PPOTrainer:
             check_request(policy_model, request)
         self.evaluation = None
         if eval_prompts is not None and args.eval_steps:
-            further = [FunctionReward(function, self.tokenizer) for function in eval_rewards]
+            further = [FunctionReward(function, self.tokenizer, eval_prompts.columns) for function in eval_rewards]
             self.evaluation = Evaluation(eval_prompts, self, further)
         self.callbacks = Callbacks(callbacks, args.num_steps, model=policy_model, processing_class=self.tokenizer)
         self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
@@ -237,7 +237,7 @@ class PPOTrainer:
                 kind = type(self.args.credit.redistribution).__name__
                 wanted = " and ".join(needs.names)
                 raise ValueError(f"{kind} needs {wanted}, which a reward function has not; give a reward model")
-            return FunctionReward(reward, self.tokenizer)
+            return FunctionReward(reward, self.tokenizer, self.prompts.columns)
         if isinstance(reward, str):
             check_reward_model(reward)
         model = load_scorer(reward) if isinstance(reward, str) else reward
