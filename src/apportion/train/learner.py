@@ -33,10 +33,6 @@ from apportion.train.checkpoint import flatten_state, random_state, restore_stat
 from apportion.update.ppo import Learner
 
 
-class Diverged(RuntimeError):
-    """Losses, gradients or parameters are not finite."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """Who plays which part.
@@ -321,17 +317,12 @@ class TrainingState:
             schedule.step()
         return rates
 
-    def check_finite(self) -> None:
-        """Refuse to keep models that are lost.
-
-        Raises:
-            Diverged: If a parameter is not finite.
-        """
+    def lost(self) -> str | None:
+        """Name a model with a parameter that is not finite; None where all are."""
         for name, learner in self.learners.items():
             if not all(bool(tensor.isfinite().all()) for tensor in trained_tensors(learner.module).values()):
-                raise Diverged(
-                    f"the {name} holds numbers that are not finite and is not saved; lower the learning rates"
-                )
+                return name
+        return None
 
     def save(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Return tensors by file and name, and the rest as something JSON can hold."""

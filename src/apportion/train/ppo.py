@@ -22,7 +22,6 @@ from apportion.train.arguments import PPOArguments, check_shares, to_yaml
 from apportion.train.callbacks import Callbacks
 from apportion.train.evaluation import Evaluation
 from apportion.train.learner import (
-    Diverged,
     TrainingState,
     cast_roles,
     check_room,
@@ -40,6 +39,10 @@ from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
 from apportion.update.ppo import gathered, summed, update
+
+
+class Diverged(RuntimeError):
+    """Losses, gradients or parameters are not finite."""
 
 
 class PPOTrainer:
@@ -280,7 +283,8 @@ class PPOTrainer:
         latest = self.run.latest_checkpoint()
         if latest is not None and latest.step == self.counters["step"]:
             return
-        self.state.check_finite()
+        if (lost := self.state.lost()) is not None:
+            raise Diverged(f"the {lost} holds numbers that are not finite and is not saved; lower the learning rates")
         tensors, trees = self.state.save()
         content = {"trees": trees, "counters": self.counters, "score_scale": self.score_scale}
         self.run.save_checkpoint(self.counters["step"], tensors, content)
@@ -299,7 +303,8 @@ class PPOTrainer:
         try:
             return self.score(prompts, responses, needs_of(self.args.credit.redistribution).of_reward)
         except Exception:
-            self._save()
+            if self.state.lost() is None:
+                self._save()
             raise
 
     def _scaled(self, scores: Scores, rollout: Rollout) -> Scores:
@@ -364,7 +369,8 @@ class PPOTrainer:
             return self.evaluation()
         except Exception:
             self._log(metrics)
-            self._save()
+            if self.state.lost() is None:
+                self._save()
             raise
 
     def _log(self, metrics: dict[str, float]) -> None:
