@@ -65,7 +65,7 @@ def setting(
     sampling: Sampling | None = None,
     repeats: int = 2,
     family: str = "llama",
-    keep_graph: bool = False,
+    learning_budget: int | None = None,
     **credit: Any,
 ) -> Setting:
     """Make a tiny policy and critic, sample from the policy, and assign credit; the same each time."""
@@ -84,7 +84,7 @@ def setting(
             critic=critic,
             sampling=sampling,
             budget=10_000,
-            keep_graph=keep_graph,
+            learning_budget=learning_budget,
         )
     scores = torch.randn(len(prompts.texts), generator=torch.Generator().manual_seed(4))
     config = CreditConfig(termination=FixedNgram(3), **credit)

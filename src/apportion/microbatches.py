@@ -1,6 +1,7 @@
 """Rows grouped by length, so that little is computed on padding and memory stays within a budget of tokens."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Int
@@ -38,6 +39,8 @@ def in_groups(
     lengths: Int[Tensor, "B *parts"],
     budget: int,
     width: int,
+    *,
+    graph_of_last: bool = False,
 ) -> tuple[Tensor, ...]:
     """Compute something for all rows, group by group, and put the rows back in order.
 
@@ -46,14 +49,20 @@ def in_groups(
         lengths: (B) or (B, K) int64. Tokens of each row, see `by_length`.
         budget: Tokens of a group.
         width: Length of the second axis, where there is one.
+        graph_of_last: Let the rows of the last group keep their graph, also where gradients are off.
 
     Returns:
         What the function returns, with B rows in the order of `lengths`.
     """
     groups = by_length(lengths, budget)
-    parts = [function(group) for group in groups]
+    parts = [function(group) for group in (groups[:-1] if graph_of_last else groups)]
+    if graph_of_last:
+        torch.clear_autocast_cache()  # weights that were cast without a graph would keep the gradient from it
+        with torch.enable_grad():
+            parts.append(function(groups[-1]))
     back = torch.cat(groups).argsort()
-    return tuple(torch.cat([_widen(x, width) for x in tensors])[back] for tensors in zip(*parts, strict=True))
+    with torch.enable_grad() if graph_of_last else nullcontext():
+        return tuple(torch.cat([_widen(x, width) for x in tensors])[back] for tensors in zip(*parts, strict=True))
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

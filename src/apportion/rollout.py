@@ -191,13 +191,13 @@ def complete(
     critic: Critic | None,
     sampling: Sampling,
     budget: int,
+    learning_budget: int | None = None,
     as_reference: Callable[[], AbstractContextManager] = nullcontext,
-    keep_graph: bool = False,
 ) -> Rollout:
     """Add to sampled responses what the reference and the critic say of them.
 
-    The critic comes last: where it reads all rows at once, as the first pass of the update would again, that pass can
-    have its graph from here (`keep_graph`), and holds no more than with one of its own.
+    The critic comes last: the last rows that it reads can keep their graph (`learning_budget`), so that the update,
+    which begins with them, need not read them again and holds no more than it would.
 
     Args:
         prompts: B prompts.
@@ -206,8 +206,9 @@ def complete(
         critic: Values before each token; 0 everywhere without a critic, as when responses are only evaluated.
         sampling: The distribution; top-k and top-p do not apply to the reference.
         budget: Tokens that a model is given at once, padding included.
+        learning_budget: Tokens that the update gives the critic at once; the values of the last such group keep their
+            graph. None: none do.
         as_reference: Context that turns `reference` into the reference, where it is the policy with adapters.
-        keep_graph: Let the values keep the critic's graph.
 
     Returns:
         The rollout.
@@ -230,8 +231,8 @@ def complete(
         return (torch.zeros(len(group), width, device=lengths.device) if critic is None else critic(*text(group)),)
 
     (ref_logprobs,) = in_groups(refer, lengths, budget, width)
-    with torch.set_grad_enabled(keep_graph):
-        (values,) = in_groups(value, lengths, budget, width)
+    keep_graph = critic is not None and learning_budget is not None
+    (values,) = in_groups(value, lengths, learning_budget or budget, width, graph_of_last=keep_graph)
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_mask=prompts.prompt_mask,

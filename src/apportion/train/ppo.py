@@ -34,7 +34,7 @@ from apportion.train.learner import (
 )
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
-from apportion.train.reading import first_pass_is_known, with_policy_attention
+from apportion.train.reading import critic_reads_first, with_policy_attention
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
@@ -203,10 +203,8 @@ class PPOTrainer:
     ) -> Rollout:
         """Add what the reference and, if asked, the critic say; `to_learn` keeps its graph where that is of use."""
         critic: Any = self.critic.module if self.critic is not None and with_values else None
-        masks, budget = (prompts.prompt_mask, responses.response_mask), self.args.ppo.micro_batch_tokens
-        keep_graph = (
-            critic is not None and to_learn and first_pass_is_known(*masks, budget, self.args.ppo, self.accelerator)
-        )
+        config, masks = self.args.ppo, (prompts.prompt_mask, responses.response_mask)
+        keep_graph = critic is not None and to_learn and critic_reads_first(*masks, config, self.accelerator)
         with self.accelerator.autocast():
             return complete(
                 prompts,
@@ -214,9 +212,9 @@ class PPOTrainer:
                 reference=self.reference,
                 critic=critic if keep_graph or critic is None else self.accelerator.unwrap_model(critic),
                 sampling=self.args.sampling,
-                budget=budget,
+                budget=config.micro_batch_tokens,
+                learning_budget=config.learning_tokens if keep_graph else None,
                 as_reference=self.as_reference,
-                keep_graph=keep_graph,
             )
 
     def score(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:

@@ -20,7 +20,6 @@ from apportion.update.ppo import PPOConfig, summed
 def first_pass_is_known(
     prompt_mask: Bool[Tensor, "B P"],
     response_mask: Bool[Tensor, "B T"],
-    budget: int,
     config: PPOConfig,
     accelerator: Accelerator,
 ) -> bool:
@@ -29,13 +28,32 @@ def first_pass_is_known(
     Args:
         prompt_mask: (B, P) bool. Left-padded.
         response_mask: (B, T) bool. Right-padded.
-        budget: Tokens that the model is given at once in the update.
-        config: Its minibatches are read.
+        config: How the update reads.
         accelerator: Every process has to ask.
     """
-    groups = by_length(widths(prompt_mask, response_mask), budget)
+    groups = by_length(widths(prompt_mask, response_mask), config.learning_tokens)
     at_once = summed(accelerator, torch.tensor(len(groups) == 1, device=prompt_mask.device).float())
     return config.num_mini_batches == 1 and int(at_once) == accelerator.num_processes
+
+
+def critic_reads_first(
+    prompt_mask: Bool[Tensor, "B P"],
+    response_mask: Bool[Tensor, "B T"],
+    config: PPOConfig,
+    accelerator: Accelerator,
+) -> bool:
+    """Tell whether the update can begin with the rows that the critic reads last in the rollout.
+
+    A process by itself can where all rows are one minibatch; several, which keep step, where each reads all at once.
+
+    Args:
+        prompt_mask: (B, P) bool. Left-padded.
+        response_mask: (B, T) bool. Right-padded.
+        config: How the update reads.
+        accelerator: Every process has to ask.
+    """
+    alone = accelerator.num_processes == 1 and config.num_mini_batches == 1
+    return alone or first_pass_is_known(prompt_mask, response_mask, config, accelerator)
 
 
 def with_policy_attention(
@@ -60,8 +78,8 @@ def with_policy_attention(
     request, config = needs_of(args.credit.redistribution).policy_attention, args.ppo
     if request is None:
         return scores, None
-    masks, budget = (rollout.prompt_mask, rollout.response_mask), config.policy_tokens
-    known = first_pass_is_known(*masks, budget, config, accelerator)
+    budget = config.learning_tokens
+    known = first_pass_is_known(rollout.prompt_mask, rollout.response_mask, config, accelerator)
     module: Any = policy
     with accelerator.autocast():
         reading = read_policy(

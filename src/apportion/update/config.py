@@ -81,8 +81,8 @@ class PPOConfig:
         return self.cliprange, self.cliprange if self.cliprange_high is None else self.cliprange_high
 
     @property
-    def policy_tokens(self) -> int:
-        """Tokens that the policy is given at once while it learns: half, for each has logits, and their gradient."""
+    def learning_tokens(self) -> int:
+        """Tokens that a model is given at once while it learns: half, for what is kept of each until it has learnt."""
         return self.micro_batch_tokens // 2
 
     @classmethod

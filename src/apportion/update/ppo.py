@@ -63,13 +63,14 @@ def update(
     On its first pass the policy is the one that sampled, so the ratio there is 1 by definition, and it is made so to
     the bit, in every dtype: the log-probabilities of that pass are the old ones (`policy/sampler_gap` tells how far
     those gathered while sampling lie from them). With several minibatches the policy moves within the first pass; then
-    they are computed beforehand. The critic's first pass is that of the rollout where its values still have their graph
-    and all rows are read at once, otherwise it is made again.
+    they are computed beforehand. The critic's first pass over the last group of rows that fit its budget
+    (`PPOConfig.learning_tokens`) is that of the rollout, where its values have their graph.
 
     Args:
         policy: A `Policy` with its optimizer.
         critic: A `Critic` with its optimizer; None where advantages are estimated without one.
-        rollout: This process's rows of the batch.
+        rollout: This process's rows of the batch. Where its values have a graph, that of their last group at least:
+            `rollout.complete` with the same `learning_budget`.
         credit: Their credit.
         config: Epochs, minibatches, clipping.
         sampling: The distribution that was sampled.
@@ -176,15 +177,15 @@ class _Step:
 
         The critic is done with before the policy begins, so that the activations of one model are held at a time.
         """
-        counts, budget = self._counts(credit, index), self.config.micro_batch_tokens
+        counts = self._counts(credit, index)
         if moved:
             self.first_values = self.first_logprobs = None
         value = counts.new_zeros(0)
         if self.critic is not None:
             criticise = partial(self._criticise, self.critic.module, tokens=counts[1])
-            value = self._accumulate(self.critic, criticise, rollout, credit, index, budget).sum(0)
+            value = self._accumulate(self.critic, criticise, rollout, credit, index).sum(0)
         reinforce = partial(self._reinforce, behaviour=behaviour, counts=counts, moved=moved)
-        parts = self._accumulate(self.policy, reinforce, rollout, credit, index, self.config.policy_tokens)
+        parts = self._accumulate(self.policy, reinforce, rollout, credit, index)
         totals = summed(self.accelerator, torch.cat([value, parts[:, :-1].sum(0)])).tolist()
         largest = gathered(self.accelerator, parts[:, -1].max()[None]).max()
         names = POLICY_NAMES if self.critic is None else VALUE_NAMES + POLICY_NAMES
@@ -206,21 +207,20 @@ class _Step:
         rollout: Rollout,
         credit: Credit,
         index: Int[Tensor, " N"],
-        budget: int,
     ) -> Float[Tensor, "G K"]:
         """Add the gradients of one model, micro-batch by micro-batch; return what is measured of each.
 
         Processes average their gradients, while each loss is already a part of the mean over all of them: hence a
         weight. They exchange them with the last micro-batch; one that has no rows reads a row without weight, to keep
-        step with the others.
+        step with the others. The group that the rollout read last comes first, for its activations are held already.
         """
         lengths = widths(rollout.prompt_mask, rollout.response_mask)[index]
-        groups = [index[group] for group in by_length(lengths, budget)]
+        groups = [index[group] for group in reversed(by_length(lengths, self.config.learning_tokens))]
         if not groups:
             nothing = torch.zeros(1, dtype=torch.long, device=index.device)
             return backward(_Piece.of(rollout, credit, nothing), 0.0)[None] * 0
         if len(groups) > 1:
-            self.first_values = self.first_logprobs = None
+            self.first_logprobs = None
         parts = []
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
