@@ -261,6 +261,7 @@ def test_an_error_of_a_user_is_one_line_that_names_value_and_remedy_and_writes_n
         ("credit: {termination: {class_path: FixedNgram, init_args: {m: 3}}}", "'m'"),
         ("sft:\n  model: x\n", "has no section 'ppo'; it has sft"),
         ("ppo:\nsft:\n  model: x\n", "model has no default"),
+        ("sft:\n  model: x\nppoo:\n  model: x\n", "'ppoo' is no command (did you mean ppo?)"),
         ("", "model has no default"),
     ],
 )

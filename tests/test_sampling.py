@@ -150,6 +150,7 @@ def test_logits_that_are_not_numbers_give_a_token_and_no_index_error() -> None:
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_p", math.nan),
+        ("temperature", math.inf),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name_and_value(setting: str, value: Any) -> None:

@@ -242,11 +242,14 @@ def _section(config: str, command: str) -> str:
         raise ValueError(f"{config} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{config} holds no settings; write them as `name: value`")
-    if content.keys() & COMMANDS.keys() and not content.keys() - COMMANDS.keys() - NOTES:
+    others = [key for key in content if key not in COMMANDS.keys() | NOTES]
+    if content.keys() & COMMANDS.keys() and not others:
         if command not in content:
             sections = ", ".join(key for key in content if key not in NOTES)
             raise ValueError(f"{config} has no section {command!r}; it has {sections}")
         content = content[command] or {}
+    elif content.keys() & COMMANDS.keys() - {"ppo"}:  # which is a setting as well, of the command of this name
+        raise ValueError(f"{config} has sections, but {others[0]!r} is no command{_nearest(str(others[0]), COMMANDS)}")
     return yaml.safe_dump(content, sort_keys=False)
 
 

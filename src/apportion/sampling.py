@@ -39,7 +39,7 @@ class Sampling:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}; choose 0 to {self.max_new_tokens}, max_new_tokens"
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; choose a positive number (1 for the model itself)")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; choose a positive number, or 0 for all tokens")

@@ -1,5 +1,6 @@
 """Prompts are encoded once, refused early, and dealt in an order that depends on the seed alone."""
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -89,6 +90,12 @@ def test_data_that_cannot_be_used_are_refused_with_what_is_wrong(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         encode_prompts(Dataset.from_dict(columns), tokenizer, max_prompt_length=8)
+
+
+def test_a_stream_is_refused_with_a_way_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream: Any = Dataset.from_dict({"prompt": TEXTS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"given as IterableDataset; give a datasets\.Dataset"):
+        inspect.unwrap(encode_prompts)(stream, tokenizer, max_prompt_length=8)
 
 
 def test_text_that_leaves_no_token_is_refused() -> None:

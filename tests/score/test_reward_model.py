@@ -1,5 +1,6 @@
 """Scores are those of transformers' own classification head, and what comes with them belongs to the same position."""
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -370,4 +371,7 @@ def test_a_function_that_the_columns_do_not_fit_is_refused_at_once(tokenizer: Pr
 
     with pytest.raises(ValueError, match=r"prompts, completions, other: missing .* 'wanted'; add the column"):
         FunctionReward(wanted_word, tokenizer, ["other"])
+    several: Any = [wanted_word]
+    with pytest.raises(ValueError, match=r"the reward is \[<function .*one function \(not a list\)"):
+        inspect.unwrap(FunctionReward.__init__)(object.__new__(FunctionReward), several, tokenizer)
     FunctionReward(wanted_word, tokenizer, ["wanted", "other"])

@@ -24,6 +24,7 @@ from apportion.train.arguments import to_yaml
         ("warmup_steps", -1),
         ("num_logged_samples", -1),
         ("weight_decay", -0.1),
+        ("weight_decay", math.nan),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("critic_learning_rate", -1.0),

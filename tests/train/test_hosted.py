@@ -60,6 +60,7 @@ ROWS = {
         [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}],
         "row 1 has no 'completi",
     ),
+    "empty text": ([{"prompt": "a", "completion": ""}], "row 0 has an empty completion"),
     "chat": (
         [{"messages": [{"role": "user", "content": "a"}]}],
         "messages hold chat messages, but the tokenizer has no",

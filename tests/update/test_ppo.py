@@ -336,6 +336,7 @@ def test_more_minibatches_than_responses_are_refused() -> None:
         ("cliprange", 0.0),
         ("cliprange_value", -0.2),
         ("vf_coef", 0.0),
+        ("vf_coef", math.inf),
         ("max_grad_norm", 0.0),
         ("target_kl", -1.0),
         ("max_skipped_steps", -1),

@@ -81,9 +81,14 @@ def encode_prompts(
         The prompts that fit, in order.
 
     Raises:
-        ValueError: If the tokenizer has no padding token; the data set is empty, lacks the column, or has an empty
-            prompt; a prompt is too long and `strict` is set; or none is left.
+        ValueError: If the tokenizer has no padding token; the data set is a stream, is empty, lacks the column, or has
+            an empty prompt; a prompt is too long and `strict` is set; or none is left.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"the prompts are given as {type(dataset).__name__}; give a datasets.Dataset, for every pass has its own "
+            "order (Dataset.from_list(list(stream.take(n))) makes one of a stream, Dataset.from_dict of lists)"
+        )
     pad_id = tokenizer.pad_token_id
     if not isinstance(pad_id, int):
         raise ValueError("the tokenizer has no padding token; set one (tokenizer.pad_token = ...) and save it again")

@@ -38,12 +38,14 @@ class FunctionReward:
         tokenizer: The policy's; it decodes the completions, without special tokens.
 
     Raises:
-        ValueError: If the function cannot be called with the columns that it is given.
+        ValueError: If it is no function, or cannot be called with the columns that it is given.
     """
 
     def __init__(
         self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, columns: Iterable[str] | None = None
     ) -> None:
+        if not callable(function):
+            raise ValueError(f"the reward is {function!r}; give a model, a path to one, or one function (not a list)")
         self.function = function
         self.tokenizer = tokenizer
         if columns is not None:

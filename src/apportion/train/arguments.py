@@ -108,8 +108,8 @@ class PPOArguments:
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size is {self.eval_batch_size}; choose at least 1, or None for batch_size")
         for name in ("eval_steps", "save_steps", "warmup_steps", "num_logged_samples", "weight_decay"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} is {value}; choose at least 0")
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} is {value}; choose a number of at least 0")
         self._check_optimizer()
         self._check_together()
 

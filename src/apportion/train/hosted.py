@@ -283,11 +283,14 @@ def check_rows(rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedToken
         tokenizer: The model's.
 
     Raises:
-        ValueError: If a value is missing; with its row. If rows are chat messages and the tokenizer has no template.
+        ValueError: If a value is missing or a completion empty; with its row. If rows are chat messages and the
+            tokenizer has no template.
     """
     for name in columns:
         if rows.data.column(name).null_count and None in (values := rows[name][:]):
             raise ValueError(f"row {values.index(None)} has no {name!r}; fill it in, or drop the row")
+    if "completion" in columns and "" in (values := rows["completion"][:]):
+        raise ValueError(f"row {values.index('')} has an empty completion; fill it in, or drop the row")
     if any(isinstance(rows[0][name], list) for name in columns) and tokenizer.chat_template is None:
         raise ValueError(
             f"{' and '.join(columns)} hold chat messages, but the tokenizer has no chat template; give text, or set one"

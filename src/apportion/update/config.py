@@ -1,6 +1,7 @@
 """The settings of an update."""
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Self
 
 from apportion.update.aggregation import AGGREGATIONS, Aggregation
@@ -60,6 +61,8 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; choose a positive number")
+        if self.vf_coef == inf:
+            raise ValueError("vf_coef is inf; choose a finite number")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; choose at least 0")
         if self.ratio not in ("token", "macro", "macro_mean"):
