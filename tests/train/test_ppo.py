@@ -712,6 +712,32 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
     assert left_behind(tmp_path, run(tmp_path, resume=True)) == before
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "train_dataset": {"train_dataset": data(PROMPTS[::-1])},
+    "eval_dataset": {"eval_dataset": data(PROMPTS[:2])},
+    "ref_model": {"ref_model": causal("llama", initializer_range=0.05)},
+    "reward_model": {"reward_model": classifier("llama", initializer_range=0.05)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+def test_a_run_is_not_resumed_with_other_data_or_models(name: str, adapters: bool, tmp_path: Path) -> None:
+    """What a checkpoint does not hold is recognised; what is refused loses nothing."""
+    roles: dict[str, Any] = {"reward_model": classifier("llama"), "eval_dataset": data(PROMPTS)}
+    others = OTHERS[name]
+    if adapters:
+        roles["peft_config"] = LORA
+        if name == "ref_model":  # the policy without adapters
+            others = {"model": others["ref_model"]}
+    before = left_behind(tmp_path, run(tmp_path, roles=roles, eval_steps=3))
+    assert left_behind(tmp_path, run(tmp_path, roles=roles, eval_steps=3, resume=True)) == before
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=f"^{name} is not what the run in .* was given; give the same again"):
+        run(tmp_path, roles=roles | others, eval_steps=3, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+
+
 def test_a_tokenizer_whose_padding_ends_texts_trains_the_same(tmp_path: Path) -> None:
     # abc.md section 10, row 4: with pad = eos the end was taken for padding.
     tokenizer = words()

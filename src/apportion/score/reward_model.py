@@ -35,6 +35,7 @@ class FunctionReward:
 
     Attributes:
         function: Called as `function(prompts, completions, **columns)`; one number a response.
+        name: What its author calls it.
         tokenizer: The policy's; it decodes the completions, without special tokens.
 
     Raises:
@@ -46,7 +47,7 @@ class FunctionReward:
     ) -> None:
         if not callable(function):
             raise ValueError(f"the reward is {function!r}; give a model, a path to one, or one function (not a list)")
-        self.function = function
+        self.function, self.name = function, _name(function)
         self.tokenizer = tokenizer
         if columns is not None:
             _check_call(function, list(columns))
@@ -60,10 +61,8 @@ class FunctionReward:
         """
         if needs.names:
             wanted = " and ".join(needs.names)
-            raise ValueError(
-                f"the redistribution needs {wanted} of a reward model; {_name(self.function)} is a function"
-            )
-        texts, name = decode(self.tokenizer, prompts, responses), _name(self.function)
+            raise ValueError(f"the redistribution needs {wanted} of a reward model; {self.name} is a function")
+        texts, name = decode(self.tokenizer, prompts, responses), self.name
         answer = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
         if len(answer) != len(texts):
             raise ValueError(f"{name} returned {len(answer)} scores for {len(texts)} responses")

@@ -21,6 +21,7 @@ from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, check_shares, to_yaml
 from apportion.train.callbacks import Callbacks
 from apportion.train.evaluation import Evaluation
+from apportion.train.inputs import check_prints, prints_of
 from apportion.train.learner import (
     TrainingState,
     cast_roles,
@@ -133,6 +134,7 @@ class PPOTrainer:
         self.callbacks = Callbacks(callbacks, args.num_steps, model=policy_model, processing_class=self.tokenizer)
         self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.score_scale: float | None = None if args.scale_scores else 1.0
+        self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward)
         self.run: Run | None = None
 
     def train(self) -> None:
@@ -259,11 +261,11 @@ class PPOTrainer:
             self.run = Run.open(folder, self.config_text, resume=args.resume, keep_checkpoints=args.save_total_limit)
         self.accelerator.wait_for_everyone()
         checkpoint = latest_checkpoint(Path(folder)) if args.resume else None
+        if checkpoint is not None:
+            self._load(checkpoint)
         if self.run is not None:
             self.run.truncate_after(-1 if checkpoint is None else checkpoint.step)
         self._fresh = checkpoint is None
-        if checkpoint is not None:
-            self._load(checkpoint)
         if args.log_with:
             self.accelerator.init_trackers("apportion", init_kwargs={})
         self.callbacks.begin(self.counters["step"])
@@ -271,6 +273,7 @@ class PPOTrainer:
     def _load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint."""
         tensors, saved = checkpoint.load()
+        check_prints(saved["prints"], self.prints, self.args.output_dir)
         self.state.load(tensors, saved["trees"])
         self.counters, self.score_scale = saved["counters"], saved["score_scale"]
 
@@ -284,7 +287,7 @@ class PPOTrainer:
         if (lost := self.state.lost()) is not None:
             raise Diverged(f"the {lost} holds numbers that are not finite and is not saved; lower the learning rates")
         tensors, trees = self.state.save()
-        content = {"trees": trees, "counters": self.counters, "score_scale": self.score_scale}
+        content = {"trees": trees, "counters": self.counters, "score_scale": self.score_scale, "prints": self.prints}
         self.run.save_checkpoint(self.counters["step"], tensors, content)
         self.callbacks.saved()
 
