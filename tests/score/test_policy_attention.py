@@ -8,7 +8,9 @@ from torch import Tensor
 
 from apportion import AttentionRequest, PolicyAttention, Rollout, Sampling
 from apportion.batch import rows
+from apportion.microbatches import by_length
 from apportion.models import Policy
+from apportion.rollout import widths
 from apportion.score.policy_attention import PolicyReading, read_policy
 from families import EOS, causal
 
@@ -36,7 +38,7 @@ def rollout_of(prompts: tuple[int, ...] = PROMPTS, lengths: tuple[int, ...] = LE
 
 def read(policy: Policy, rollout: Rollout, request: AttentionRequest, **options: Any) -> PolicyReading:
     return read_policy(
-        policy, rollout, request, **{"sampling": SAMPLING, "budget": 10_000, "logprobs": "with graph"} | options
+        policy, rollout, request, **{"sampling": SAMPLING, "budget": 10_000, "logprobs": "last"} | options
     )
 
 
@@ -75,7 +77,7 @@ def test_the_attention_is_that_of_eager_maps_of_each_text_alone(family: str, leg
 def test_a_response_alone_is_read_as_in_any_batch(family: str, budget: int) -> None:
     rollout, policy = rollout_of(), Policy(causal(family), (EOS,))
     for request in (MEAN, LAST):
-        together = read(policy, rollout, request, budget=budget)
+        together = read(policy, rollout, request, budget=budget, logprobs="all")
         assert together.logprobs is not None
         for b in range(4):
             alone = read(policy, rows(rollout, slice(b, b + 1)), request)
@@ -104,7 +106,7 @@ def test_a_graph_is_kept_and_a_head_is_run_only_when_asked() -> None:
     heads: list[int] = []
     inner: Any = policy.model
     inner.get_output_embeddings().register_forward_hook(lambda *_: heads.append(1))
-    with_graph, without = (read(policy, rollout, MEAN, logprobs=f"{kind} graph") for kind in ("with", "without"))
+    with_graph, without = (read(policy, rollout, MEAN, logprobs=whose) for whose in ("last", "all"))
     assert with_graph.logprobs is not None
     assert without.logprobs is not None
     assert with_graph.logprobs.requires_grad
@@ -118,6 +120,19 @@ def test_a_graph_is_kept_and_a_head_is_run_only_when_asked() -> None:
         assert not reading.attention.requires_grad
         torch.testing.assert_close(reading.attention, only.attention, atol=1e-6, rtol=0)
         assert (reading.attention[~rollout.response_mask] == 0).all()
+
+
+def test_of_groups_the_last_alone_runs_the_head_and_keeps_its_graph() -> None:
+    rollout, policy = rollout_of(), Policy(causal("llama"), (EOS,))
+    *others, last = by_length(widths(rollout.prompt_mask, rollout.response_mask), 20)
+    assert others
+    part, whole = (read(policy, rollout, MEAN, logprobs=whose, budget=20) for whose in ("last", "all"))
+    assert part.logprobs is not None
+    assert whole.logprobs is not None
+    torch.testing.assert_close(part.attention, whole.attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(part.logprobs[last].detach(), whole.logprobs[last], atol=1e-6, rtol=1e-6)
+    assert part.logprobs[last].requires_grad
+    assert (part.logprobs[torch.cat(others)] == 0).all()
 
 
 def test_another_layer_and_other_heads_are_other_attention() -> None:

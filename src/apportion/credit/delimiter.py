@@ -74,8 +74,10 @@ def _holds(text: ResponseTexts, characters: Int[Tensor, "2 L"]) -> Bool[Tensor, 
     length = max(map(len, text.texts), default=0)
     begin = torch.nn.functional.pad(torch.where(start < end, start, length), (0, 1), value=length)
     begin = begin.flip(1).cummin(1).values.flip(1)
-    found = torch.zeros(len(begin), length + 1, dtype=torch.int32, device=begin.device)
+    # One line of numbers, row after row; what begins at `length` is after all characters of its row.
+    shift = (length + 1) * torch.arange(len(begin), device=begin.device)
     row, place = characters.to(begin.device, non_blocking=True)
-    found[row, place + 1] = 1
-    before = found.cumsum(1, dtype=torch.int32).gather(1, begin)
-    return before[:, 1:] > before[:, :-1]
+    holders = torch.searchsorted((begin + shift[:, None]).flatten(), shift[row] + place, right=True) - 1
+    found = torch.zeros_like(begin, dtype=torch.bool)
+    found.view(-1)[holders] = True  # a character before the first token goes to the last column of the row before
+    return found[:, :-1]

@@ -1,8 +1,9 @@
 """The policy's attention to its own responses, read in a pass of the policy that the update can learn from.
 
 PPO's first pass over a rollout is made by the policy that sampled. Where the attention is asked for, that pass is made
-before credit is assigned, and its log-probabilities are handed to the update, with their graph where all rows are read
-at once. So the attention costs what is computed beside the pass, not another one.
+before credit is assigned, and its log-probabilities are handed to the update, those of the rows read last with their
+graph, for the update begins with them. So where all rows are read at once the attention costs what is computed beside
+the pass, not another one; otherwise the other rows are read once more, without the head.
 
 Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which stores the maps of generation.
 """
@@ -28,8 +29,8 @@ class PolicyReading:
 
     Attributes:
         attention: (B, T) float32. Attention that the policy pays to each response token; 0 outside the response.
-        logprobs: (B, T) float32 or None. Log-probabilities of the response tokens as in training, in nats; with the
-            policy's graph where it was kept.
+        logprobs: (B, T) float32 or None. Log-probabilities of the response tokens as in training, in nats; of the
+            rows that were read last alone, with the policy's graph, or of all without.
     """
 
     attention: Float[Tensor, "B T"]
@@ -43,7 +44,7 @@ def read_policy(
     *,
     sampling: Sampling,
     budget: int,
-    logprobs: Literal["with graph", "without graph"] | None,
+    logprobs: Literal["last", "all"] | None,
 ) -> PolicyReading:
     """Run the policy over its responses, and capture its attention to them.
 
@@ -55,7 +56,8 @@ def read_policy(
         request: Layer, heads, and which queries are averaged.
         sampling: The distribution of the log-probabilities.
         budget: Tokens that the model is given at once, padding included.
-        logprobs: Whether the log-probabilities are computed, and keep the policy's graph; None to leave the head out.
+        logprobs: Whose log-probabilities are computed: of the rows that are read last, with the policy's graph; of all,
+            without; None to leave the head out.
 
     Returns:
         Attention, and log-probabilities if they are asked for.
@@ -72,19 +74,21 @@ def read_policy(
         prompt_mask, response_mask = text[1], text[3]
         answer = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1)
         with capture_attention(policy, request, answer) as captured:
-            found = () if logprobs is None else (policy(*text, sampling, whole=True),)
-            if logprobs is None:
-                _run(policy, text)
+            if logprobs == "all" or torch.is_grad_enabled():
+                found = policy(*text, sampling, whole=True)
+            else:
+                found = _run(policy, text)
         seen = response_mask & queries_of(request, answer).any(1, keepdim=True)
-        return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), *found
+        return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), found
 
-    with torch.set_grad_enabled(logprobs == "with graph"):
+    with torch.no_grad():
         lengths = widths(rollout.prompt_mask, rollout.response_mask)
-        attention, *found = in_groups(read, lengths, budget, width)
-    return PolicyReading(attention=attention, logprobs=found[0] if found else None)
+        attention, found = in_groups(read, lengths, budget, width, graph_of_last=logprobs == "last")
+    return PolicyReading(attention=attention, logprobs=None if logprobs is None else found)
 
 
-def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Run the trunk alone."""
+def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor]) -> Float[Tensor, "N W"]:
+    """Run the trunk alone; zeros for what the head would say."""
     inner = next(module for module in policy.modules() if isinstance(module, Policy))
     hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))
+    return torch.zeros(text[2].shape, device=text[2].device)

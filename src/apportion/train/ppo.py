@@ -35,7 +35,7 @@ from apportion.train.learner import (
 )
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
-from apportion.train.reading import critic_reads_first, with_policy_attention
+from apportion.train.reading import begins_with_last, with_policy_attention
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
@@ -71,6 +71,9 @@ class PPOTrainer:
     Raises:
         ValueError: For anything that does not fit together, before any long work.
     """
+
+    run: Run | None = None
+    """The run folder, open while it trains, on the main process."""
 
     def __init__(
         self,
@@ -135,7 +138,6 @@ class PPOTrainer:
         self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.score_scale: float | None = None if args.scale_scores else 1.0
         self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward)
-        self.run: Run | None = None
 
     def train(self) -> None:
         """Train, from the beginning or from where the run folder was left.
@@ -206,7 +208,7 @@ class PPOTrainer:
         """Add what the reference and, if asked, the critic say; `to_learn` keeps its graph where that is of use."""
         critic: Any = self.critic.module if self.critic is not None and with_values else None
         config, masks = self.args.ppo, (prompts.prompt_mask, responses.response_mask)
-        keep_graph = critic is not None and to_learn and critic_reads_first(*masks, config, self.accelerator)
+        keep_graph = critic is not None and to_learn and begins_with_last(*masks, config, self.accelerator)
         with self.accelerator.autocast():
             return complete(
                 prompts,

@@ -17,32 +17,13 @@ from apportion.train.arguments import PPOArguments
 from apportion.update.ppo import PPOConfig, summed
 
 
-def first_pass_is_known(
+def begins_with_last(
     prompt_mask: Bool[Tensor, "B P"],
     response_mask: Bool[Tensor, "B T"],
     config: PPOConfig,
     accelerator: Accelerator,
 ) -> bool:
-    """Tell whether a model reads the rollout as the first pass of the update would: all at once, everywhere.
-
-    Args:
-        prompt_mask: (B, P) bool. Left-padded.
-        response_mask: (B, T) bool. Right-padded.
-        config: How the update reads.
-        accelerator: Every process has to ask.
-    """
-    groups = by_length(widths(prompt_mask, response_mask), config.learning_tokens)
-    at_once = summed(accelerator, torch.tensor(len(groups) == 1, device=prompt_mask.device).float())
-    return config.num_mini_batches == 1 and int(at_once) == accelerator.num_processes
-
-
-def critic_reads_first(
-    prompt_mask: Bool[Tensor, "B P"],
-    response_mask: Bool[Tensor, "B T"],
-    config: PPOConfig,
-    accelerator: Accelerator,
-) -> bool:
-    """Tell whether the update can begin with the rows that the critic reads last in the rollout.
+    """Tell whether the update can begin with the rows that a model reads last in the rollout.
 
     A process by itself can where all rows are one minibatch; several, which keep step, where each reads all at once.
 
@@ -52,8 +33,11 @@ def critic_reads_first(
         config: How the update reads.
         accelerator: Every process has to ask.
     """
-    alone = accelerator.num_processes == 1 and config.num_mini_batches == 1
-    return alone or first_pass_is_known(prompt_mask, response_mask, config, accelerator)
+    if config.num_mini_batches > 1 or accelerator.num_processes == 1:
+        return config.num_mini_batches == 1
+    groups = by_length(widths(prompt_mask, response_mask), config.learning_tokens)
+    at_once = summed(accelerator, torch.tensor(len(groups) == 1, device=prompt_mask.device).float())
+    return int(at_once) == accelerator.num_processes
 
 
 def with_policy_attention(
@@ -61,8 +45,8 @@ def with_policy_attention(
 ) -> tuple[Scores, Tensor | None]:
     """Add the policy's attention to the scores, where credit follows it.
 
-    It is read in a pass that the update would make: its first, with its graph, or the one before several minibatches.
-    Where a minibatch is read in parts, it is one more pass, without the head.
+    It is read in a pass that the update would make: its first, or the one before several minibatches. Where a rollout
+    is read in parts, all but the last of them are read once more, without the head.
 
     Args:
         policy: As accelerate has prepared it.
@@ -73,21 +57,21 @@ def with_policy_attention(
 
     Returns:
         scores: With the attention.
-        logprobs: (B, T) float32. What the policy said in that pass, for the update; None where it was not asked.
+        logprobs: (B, T) float32. What the policy said in that pass, for the update (`PolicyReading`); None where it was
+            not asked.
     """
     request, config = needs_of(args.credit.redistribution).policy_attention, args.ppo
     if request is None:
         return scores, None
-    budget = config.learning_tokens
-    known = first_pass_is_known(rollout.prompt_mask, rollout.response_mask, config, accelerator)
+    first = begins_with_last(rollout.prompt_mask, rollout.response_mask, config, accelerator)
     module: Any = policy
     with accelerator.autocast():
         reading = read_policy(
-            module if known else accelerator.unwrap_model(module),
+            module if first else accelerator.unwrap_model(module),
             rollout,
             request,
             sampling=args.sampling,
-            budget=budget if known else config.micro_batch_tokens,
-            logprobs="with graph" if known else "without graph" if config.num_mini_batches > 1 else None,
+            budget=config.learning_tokens if first else config.micro_batch_tokens,
+            logprobs="last" if first else "all" if config.num_mini_batches > 1 else None,
         )
     return replace(scores, policy_attention=reading.attention), reading.logprobs

@@ -77,7 +77,8 @@ def update(
         accelerator: Devices, precision, processes.
         generator: Draws the minibatches; the same on every process.
         logprobs: (B, T) float32. What the policy has said of the rollout already, where it was asked before credit was
-            assigned, with its graph for the first pass of one minibatch; None where it was not.
+            assigned: for one minibatch, of the last group of `learning_tokens`, with its graph; for several, of all
+            rows. None where it was not.
 
     Returns:
         Metrics of docs/metrics.md under `policy/`, `value/` (with a critic) and `update/`, of the whole batch over all
@@ -219,8 +220,6 @@ class _Step:
         if not groups:
             nothing = torch.zeros(1, dtype=torch.long, device=index.device)
             return backward(_Piece.of(rollout, credit, nothing), 0.0)[None] * 0
-        if len(groups) > 1:
-            self.first_logprobs = None
         parts = []
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
