@@ -1,8 +1,10 @@
 """Where a regular expression closes macro actions: sentences, lines, reasoning steps."""
 
 import re
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Int
@@ -59,9 +61,15 @@ class Delimiter(TerminationCondition):
     def _last_characters(self, texts: tuple[str, ...]) -> Int[Tensor, "2 L"]:
         """List row and place of each match's last character."""
         finditer = re.compile(self.pattern).finditer
-        ends = [[match.end() - 1 for match in finditer(text) if match.end() > match.start()] for text in texts]
-        numbers = [*chain.from_iterable(repeat(row, len(found)) for row, found in enumerate(ends))]
-        return torch.tensor([numbers, [*chain.from_iterable(ends)]], dtype=torch.long)
+        ends = [[match.end() - 1 for match in finditer(text) if match[0]] for text in texts]
+        places, counts = _numbers(chain.from_iterable(ends)), _numbers(map(len, ends))
+        rows = torch.arange(len(texts)).repeat_interleave(counts, output_size=len(places))
+        return torch.stack([rows, places])
+
+
+def _numbers(numbers: Iterable[int]) -> Int[Tensor, " L"]:
+    """Put numbers into a tensor, several times faster than `torch.tensor` does it."""
+    return torch.frombuffer(array("q", [*numbers, 0]), dtype=torch.long)[:-1]  # an empty buffer is refused
 
 
 def _holds(text: ResponseTexts, characters: Int[Tensor, "2 L"]) -> Bool[Tensor, "B T"]:

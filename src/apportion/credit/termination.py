@@ -328,9 +328,9 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     rows, width = surprise.shape
     length = 1 << max(width - 1, 0).bit_length()
     exact = torch.nn.functional.pad(surprise.double(), (0, length - width)).T.contiguous()
-    before = exact.cumsum(0) - exact
+    level = exact - exact.cumsum(0)  # -P_t, P_t the sum before t
     columns = torch.arange(length, device=surprise.device)[:, None]
-    line = torch.addcmul(-before, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
+    line = torch.addcmul(level, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
     small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
     begins = (length - columns).to(small).repeat(1, rows)  # counted from the end, so that the first is the largest
     opened, span = columns.double().repeat(1, rows), 1  # the last beginning in each block; 0 in `begins` is none
@@ -338,8 +338,7 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         pairs = (length // span // 2, 2, span, rows)
         left, own = opened.view(pairs[0], 2, rows).unbind(1)
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
-        level = before.gather(0, left.long()).neg_()
-        rises = torch.addcmul(height, slope, left[:, None], value=-1) > level[:, None]
+        rises = torch.addcmul(height, slope, left[:, None], value=-1) > level.gather(0, left.long())[:, None]
         first = (right * rises).amax(1)
         right *= right <= first[:, None]
         opened = torch.where(first > 0, own, left)
