@@ -6,14 +6,16 @@ All runs share one fine-tuned model and one reward model. First each method is t
 then it is run with fresh seeds at its best setting and at the papers' setting, and so is each control
 (`apportion recipes`) at the papers' setting. The best setting is the one with the highest held-out score under the
 reward model, for the oracle is what a user has not. Finished runs are kept as lines of
-`benchmarks/results/controls-runs.jsonl`, and are not done again; after `--hours` no further run is begun. With
-`--write` the report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading
-is written by hand and kept.
+`benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which another machine makes of
+the same seed, count for nothing. After `--hours` no further run is begun. With `--write` the report on what is there
+goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading is written by hand and kept.
 """
 
 import argparse
-import io
+import contextlib
+import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -21,19 +23,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
+from apportion import cli
 from apportion.control import controls
 from apportion.evaluate.statistics import at_position, estimate, parity
 from apportion.quickstart import claim, prepare, start
-from apportion.stages import Stage, run_stages
 from apportion.train.run import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +52,8 @@ METHODS = ("ppo", "ma-ppo", "abc", "prefix-difference")
 LAMS, RATES = (0.9, 0.95, 0.99, 1.0), (3e-4, 6e-4)
 PAPER = (0.95, 3e-4)
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
-STEPS = 60
+STEPS, EVAL_STEPS = 60, 15
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,27 +78,22 @@ class Trial:
         lam = "own" if self.lam is None else f"{self.lam:g}"
         return f"{self.name}-lam{lam}-lr{self.rate:g}-seed{self.seed}"
 
-    def stage(self, folder: Path) -> Stage:
-        """The command that runs it."""
-        place = folder / self.label
+    def argv(self, folder: Path) -> list[str]:
+        """The command that runs it, without `apportion`."""
         lam = () if self.lam is None else (f"--credit.advantage.lam={self.lam}",)
-        return Stage(
-            name=self.label,
-            argv=(
-                *("ppo", "--config=reviews", f"--config=controls/{self.name}", *start(folder / "start"), *lam),
-                *(f"--learning_rate={self.rate}", f"--num_steps={STEPS}", f"--seed={self.seed}", "--resume"),
-                *("--save_steps=0", f"--output_dir={place}"),
-            ),
-            folder=place,
-            total=STEPS,
-        )
+        return [
+            *("ppo", "--config=reviews", f"--config=controls/{self.name}", *start(folder / "start"), *lam),
+            *(f"--learning_rate={self.rate}", f"--num_steps={STEPS}", f"--seed={self.seed}", "--resume"),
+            *(f"--eval_steps={EVAL_STEPS}", "--save_steps=0", f"--output_dir={folder / self.label}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What is kept of a run: held-out means at some updates."""
+    """What is kept of a run: held-out means at some updates, and a fingerprint of the models that it began with."""
 
     trial: Trial
+    start: str
     updates: list[float]
     score: list[float]
     oracle: list[float]
@@ -103,19 +102,27 @@ class Curve:
     seconds: list[float]
 
     @classmethod
-    def of(cls, trial: Trial, folder: Path) -> "Curve":
+    def of(cls, trial: Trial, start: str, folder: Path) -> "Curve":
         """Read a run folder."""
         records = [record for record in read_records(folder / "metrics.jsonl") if "eval/score" in record]
         keys = {"updates": "step", "score": "eval/score", "oracle": "eval/oracle", "kl": "eval/kl_sequence"}
         keys |= {"length": "eval/length", "seconds": "seconds"}
-        return cls(trial=trial, **{name: [record[key] for record in records] for name, key in keys.items()})
+        return cls(
+            trial=trial, start=start, **{name: [record[key] for record in records] for name, key in keys.items()}
+        )
 
 
-def read_curves() -> dict[Trial, Curve]:
-    """Read the runs that are finished."""
+def read_curves(start: str) -> dict[Trial, Curve]:
+    """Read the runs that are finished and began with these models."""
     lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    curves = [json.loads(line) for line in lines]
+    curves = [curve for line in lines if (curve := json.loads(line))["start"] == start]
     return {(trial := Trial(**curve.pop("trial"))): Curve(trial=trial, **curve) for curve in curves}
+
+
+def fingerprint(folder: Path) -> str:
+    """Recognise a policy and a reward model; the same seed gives others where sums are rounded otherwise."""
+    weights = (path.read_bytes() for path in (folder / "sft" / WEIGHTS, folder / "reward" / WEIGHTS))
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:12]
 
 
 def tuning() -> list[Trial]:
@@ -132,37 +139,43 @@ def best(name: str, curves: dict[Trial, Curve]) -> Trial | None:
 
 
 def fresh(curves: dict[Trial, Curve]) -> list[Trial]:
-    """Methods at the papers' setting and at their best, and controls, over fresh seeds; seed by seed."""
+    """Methods at the papers' setting and at their best, and then the controls, over fresh seeds; seed by seed."""
     paper = [Trial(name=name, lam=PAPER[0], rate=PAPER[1], seed=0) for name in METHODS]
     tuned = [trial for name in METHODS if (trial := best(name, curves)) is not None]
     others = [Trial(name=name, lam=None, rate=PAPER[1], seed=0) for name in controls() if name not in METHODS]
-    once = dict.fromkeys([*paper, *(replace(trial, seed=0) for trial in tuned), *others])
-    return [replace(trial, seed=seed) for seed in SEEDS for trial in once]
+    methods = dict.fromkeys([*paper, *(replace(trial, seed=0) for trial in tuned)])
+    return [replace(trial, seed=seed) for group in (methods, others) for seed in SEEDS for trial in group]
+
+
+def one(trial: Trial, folder: Path, until: float) -> Curve | None:
+    """Do a run; None where its time is up before it begins."""
+    if time.time() > until:
+        return None
+    torch.set_num_threads(1)
+    with (folder / f"{trial.label}.log").open("a") as log, contextlib.redirect_stdout(log):
+        with contextlib.redirect_stderr(log):
+            failed = cli.main(trial.argv(folder))
+    if failed:
+        raise RuntimeError(f"{trial.label} failed; see {folder / trial.label}.log")
+    return Curve.of(trial, fingerprint(folder / "start"), folder / trial.label)
 
 
 def run(trials: Iterable[Trial], folder: Path, jobs: int, until: float) -> None:
     """Do the runs that are not there, some at a time, and keep each when it is finished."""
-    done = read_curves()
+    done = read_curves(fingerprint(folder / "start"))
     left = [trial for trial in trials if trial not in done]
     begin, finished = time.monotonic(), 0
-
-    def one(trial: Trial) -> Curve | None:
-        if time.monotonic() > until:
-            return None
-        stage = trial.stage(folder)
-        run_stages([stage], folder, jobs=1, threads=1, console=Console(file=io.StringIO()))
-        return Curve.of(trial, stage.folder)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for curve in pool.map(one, left):
-            if curve is None:
+    # Several runs to a process, for libraries take as long to load as eight updates.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(one, trial, folder, until) for trial in left]):
+            if (curve := future.result()) is None:
                 continue
             with RECORDS.open("a") as file:
                 file.write(json.dumps(asdict(curve)) + "\n")
             finished += 1
-            pace = (time.monotonic() - begin) / finished
-            rest = pace * (len(left) - finished) / 60
-            print(f"{finished} of {len(left)}: {curve.trial.label}, oracle {curve.oracle[-1]:.2f}; {rest:.0f} min left")
+            rest = (time.monotonic() - begin) / finished * (len(left) - finished) / 60
+            told = f"{finished} of {len(left)}: {curve.trial.label}, oracle {curve.oracle[-1]:.2f}; {rest:.0f} min left"
+            print(told, flush=True)
 
 
 def tuning_table(curves: dict[Trial, Curve]) -> Iterator[str]:
@@ -252,12 +265,13 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after so long")
     parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     arguments = parser.parse_args()
-    until = time.monotonic() + 3600 * arguments.hours
+    until = time.time() + 3600 * arguments.hours
     claim(arguments.folder, "control", {"start_seed": 0, "num_steps": STEPS})
     prepare(arguments.folder / "start", 0, arguments.jobs, Console())
     run(tuning(), arguments.folder, arguments.jobs, until)
-    run(fresh(read_curves()), arguments.folder, arguments.jobs, until)
-    text = "\n".join(report(read_curves()))
+    start_print = fingerprint(arguments.folder / "start")
+    run(fresh(read_curves(start_print)), arguments.folder, arguments.jobs, until)
+    text = "\n".join(report(read_curves(start_print)))
     print(text)
     if arguments.write:
         path = RESULTS / f"controls-{datetime.now(UTC):%Y-%m-%d}.md"
