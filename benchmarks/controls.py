@@ -152,9 +152,9 @@ def one(trial: Trial, folder: Path, until: float) -> Curve | None:
     if time.time() > until:
         return None
     torch.set_num_threads(1)
-    with (folder / f"{trial.label}.log").open("a") as log, contextlib.redirect_stdout(log):
-        with contextlib.redirect_stderr(log):
-            failed = cli.main(trial.argv(folder))
+    log = (folder / f"{trial.label}.log").open("a")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        failed = cli.main(trial.argv(folder))
     if failed:
         raise RuntimeError(f"{trial.label} failed; see {folder / trial.label}.log")
     return Curve.of(trial, fingerprint(folder / "start"), folder / trial.label)
