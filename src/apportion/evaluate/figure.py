@@ -165,9 +165,10 @@ def _caption(comparison: Comparison) -> str:
     runs = sum(len(method.runs) for method in comparison.methods)
     several = any(len(method.runs) > 1 for method in comparison.methods)
     shown = "interquartile mean over seeds, band: 95 % bootstrap interval" if several else "single seeds, no intervals"
+    averaged = f" (by the mean of {comparison.window} records)" if comparison.window > 1 else ""
     text = (
         f"{runs} run{'s' if runs > 1 else ''}: {counts}. Lines: {shown}. "
-        f"Dotted: final level of {comparison.methods[0].label}, rings: first reached (smoothed)."
+        f"Dotted: final level of {comparison.methods[0].label}, rings: first reached{averaged}."
     )
     return fill(text, width=200)
 
