@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 VENV := .venv
 BIN := $(VENV)/bin
 # By the environment, because pip hands that on to the isolated build too. The second name is that of pip 25.3 and later.
@@ -14,18 +15,23 @@ RUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false \
        HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
        MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib"
 
-.PHONY: quickstart test check format install install-dev clean
+.PHONY: quickstart test check sandbox format install install-dev clean
 
 quickstart: install
 	$(RUN) $(BIN)/apportion quickstart $(ARGS)
 
-test: check
+test: check sandbox
 	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: install-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# What tests run untrusted programs in; from Debian where it is missing.
+sandbox:
+	command -v bwrap >/dev/null && ldconfig -p | grep -q libseccomp.so.2 \
+	  || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bubblewrap libseccomp2; }
 
 format: install-dev
 	$(BIN)/ruff check --fix

@@ -110,6 +110,7 @@ def loops(rows: int, tokens: int, n: int) -> Task:
                     score=numbers[b],
                     attention=[],
                     prefix_scores=[],
+                    policy_attention=[],
                 ),
                 options,
             )

@@ -26,6 +26,8 @@ PURE_LIBRARIES = {"torch", "jaxtyping"}
 # Calls that make a GPU wait for the host.
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy"}
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib")
+# What runs inside of a box: the standard library, and its own folder.
+BOXED = "score.boxed."
 BANNED_NAMES = {"utils", "common", "base", "helpers", "misc", "types", "core"}
 LONGEST_FILE, LONGEST_FUNCTION = 450, 45
 # Where the name to import is not the name to install.
@@ -71,6 +73,10 @@ def imports_from_its_right(name: str, tree: ast.Module) -> Iterator[str]:
         return
     for module in imported(tree):
         root, _, inner = module.partition(".")
+        if name.startswith(BOXED) and root in sys.stdlib_module_names | {"apportion"}:
+            continue  # the folder is bound into a box alone: its modules know each other by relative imports
+        if name.startswith(BOXED):
+            yield f"{name} imports {module}, which a box does not have"
         layer = inner.split(".")[0]
         if root == "apportion" and (layer not in LAYERS or LAYERS.index(layer) > LAYERS.index(here)):
             yield f"{name} imports {module}, which is not on its left"

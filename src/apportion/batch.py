@@ -140,6 +140,8 @@ class AttentionRequest:
 
     def __post_init__(self) -> None:
         """Refuse what names no attention."""
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))
         if self.row not in ("read", "last", "mean"):
             raise ValueError(f"row is {self.row!r}; choose 'read', 'last' or 'mean'")
         if self.heads is not None and (not self.heads or min(self.heads) < 0 or len({*self.heads}) < len(self.heads)):

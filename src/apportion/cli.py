@@ -296,7 +296,10 @@ def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> s
     if found := re.match(r"Import path does not correspond to a subclass of (\w+)", reason):
         return f"{value} is not a subclass of {found[1]}; derive it from that"
     if found := re.match(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])(?:\. Got value: (.*))?", reason):
-        return f"{found[3] or value} is given; give {found[1] or f'one of {found[2]}'}"
+        given = found[3] or value
+        if found[1] in ("float", "int") and given in ("nan", "inf", "-inf"):
+            return f"{given} is given; give a finite number"
+        return f"{given} is given; give {found[1] or f'one of {found[2]}'}"
     if found := re.match(r"the following arguments are required: (.*)", reason):
         return f"{found[1]} has no default; give it"
     if found := re.match(r"unrecognized arguments: (.*)", reason):

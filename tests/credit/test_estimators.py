@@ -22,14 +22,18 @@ from apportion import (
     DrGRPO,
     EveryToken,
     FixedNgram,
+    LowProbability,
     Mixture,
     Perplexity,
+    PolicyAttention,
     PrefixDifference,
+    RandomizedNgram,
     Redistribution,
     ReinforcePlusPlus,
     Rollout,
     Scores,
     Shuffled,
+    ShuffledBoundaries,
     Terminal,
     Uniform,
     WholeResponse,
@@ -54,6 +58,10 @@ from batches import (
 
 TERMINATIONS = (EveryToken(), FixedNgram(n=3), Perplexity(), WholeResponse())
 REDISTRIBUTIONS = (Terminal(), Uniform(beta=0.7), Attention(beta=0.8), PrefixDifference(beta=0.6))
+# Of these tests/reference.py has no loops, or has them in tests of their own.
+FURTHER_TERMINATIONS = (RandomizedNgram(), Perplexity("segment"), LowProbability(), ShuffledBoundaries(Perplexity()))
+MIXED = Mixture.of({Attention(): 0.7, Uniform(): 0.3})
+FURTHER_REDISTRIBUTIONS = (PolicyAttention(beta=0.8), MIXED, Shuffled(Attention()))
 BY_GROUP = ReinforcePlusPlus(group_size=2)
 GROUPS: tuple[AdvantageEstimator, ...] = (
     RLOO(2),
@@ -73,18 +81,23 @@ KEEPING: tuple[AdvantageEstimator, ...] = (
 SHORT = {RLOO: "rloo", GRPO: "grpo", DrGRPO: "drgrpo", ReinforcePlusPlus: "mean"}
 
 
-def configs(**changes: Any) -> list[CreditConfig]:
+def configs(terminations: Any = TERMINATIONS, redistributions: Any = REDISTRIBUTIONS, **changes: Any) -> list:
     """All estimators with all that each of them can be combined with."""
     found = []
-    for estimator, termination, redistribution in product((*GROUPS, *KEEPING), TERMINATIONS, REDISTRIBUTIONS):
+    for estimator, termination, redistribution in product((*GROUPS, *KEEPING), terminations, redistributions):
         if not (estimator.sums_rewards and isinstance(redistribution, PrefixDifference)):
-            chosen = {"termination": termination, "redistribution": redistribution, "advantage": estimator}
+            chosen: dict[str, Any] = {
+                "termination": termination,
+                "redistribution": redistribution,
+                "advantage": estimator,
+            }
             found.append(CreditConfig(**chosen | changes))
     return found
 
 
 CONFIGS = configs()
-any_config = st.sampled_from(CONFIGS)
+EVERY_TERMINATION, EVERY_REDISTRIBUTION = TERMINATIONS + FURTHER_TERMINATIONS, REDISTRIBUTIONS + FURTHER_REDISTRIBUTIONS
+any_config = st.sampled_from(configs(EVERY_TERMINATION, EVERY_REDISTRIBUTION))
 # Rows of four, so that they are whole groups of any size above.
 masks = st.integers(1, 12).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=4, max_size=8).map(

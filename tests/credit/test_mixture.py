@@ -14,6 +14,7 @@ from apportion import (
     Attention,
     AttentionRequest,
     CreditConfig,
+    FixedNgram,
     Mixture,
     Needs,
     PolicyAttention,
@@ -184,3 +185,38 @@ def test_needs_of_another_kind_are_refused() -> None:
 
     with without_type_checks(), pytest.raises(ValueError, match=r"Old.needs is frozenset.*give it an apportion.Needs"):
         CreditConfig(redistribution=Old())
+
+
+def test_a_mixture_takes_a_mapping_and_heads_as_a_list() -> None:
+    with without_type_checks():
+        parts: Any = {Attention(heads=[0, 1]): 0.7, Uniform(): 0.3}  # type: ignore[arg-type]
+        found = Mixture(parts)
+    assert found == Mixture.of({Attention(heads=(0, 1)): 0.7, Uniform(): 0.3})
+
+
+def test_any_callable_can_be_shuffled() -> None:
+    rollout = random_rollout(torch.ones(3, 6, dtype=torch.bool))
+
+    def first(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
+        paid = torch.zeros(rollout.response_mask.shape)
+        paid[:, 0] = scores.scores
+        return paid
+
+    scores = Scores(scores=torch.tensor([1.0, 2.0, 3.0]))
+    placed = Shuffled(first)(rollout, scores)
+    torch.testing.assert_close(placed.sum(1), scores.scores)
+    assert ((placed != 0).sum(1) == 1).all()
+    assert not torch.equal(placed, first(rollout, scores, gamma=1.0, steps=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("termination", FixedNgram, r"termination is <class .*; give an instance, FixedNgram\(...\)"),
+        ("advantage", "GRPO", r"advantage is 'GRPO'; give an instance, GRPO\(...\)"),
+        ("advantage", 3, "advantage is 3; give GAE"),
+    ],
+)
+def test_a_class_or_a_name_in_place_of_an_instance_is_refused(name: str, value: Any, message: str) -> None:
+    with without_type_checks(), pytest.raises(ValueError, match=message):
+        CreditConfig(**{name: value})

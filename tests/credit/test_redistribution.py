@@ -138,6 +138,7 @@ def test_every_redistribution_equals_the_slow_loop(
     redistribution: Redistribution, gamma: float, mask: Tensor, seed: int
 ) -> None:
     if isinstance(redistribution, Shuffled):
+        assert isinstance(redistribution.inner, Redistribution)
         redistribution = redistribution.inner
     rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
     placed = redistribution(rollout, scores, gamma=gamma)

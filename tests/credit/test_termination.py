@@ -23,6 +23,7 @@ from apportion import (
     macro_ids,
 )
 from apportion.credit.assign import segment
+from apportion.credit.macro_actions import macro_lengths
 from batches import mask_of, mask_of_lengths, padded, random_rollout, spoiled, without_type_checks
 
 CONDITIONS: tuple[TerminationCondition, ...] = (
@@ -312,6 +313,15 @@ def test_settings_without_a_meaning_are_refused(make, message: str) -> None:
         make()
 
 
+def test_an_infinite_surprise_opens_an_action_that_no_token_exceeds() -> None:
+    rollout = random_rollout(torch.ones(1, 9, dtype=torch.bool))
+    surprise = torch.tensor([[2.0, 1.0, torch.inf, 1.0, 5.0, 1.0, torch.inf, 1.0, 9.0]])
+    found = Perplexity("segment")(replace(rollout, ref_logprobs=-surprise))
+    assert found.nonzero()[:, 1].tolist()[0] == 1
+    assert found.nonzero()[:, 1].tolist()[-1] == 8
+    assert not found[0, 2:5].any()
+
+
 def test_junk_in_the_padding_of_a_rollout_is_not_read() -> None:
     rollout = random_rollout(mask_of([[1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]))
     other = spoiled(replace(rollout, response_ids=rollout.response_ids + 1000 * (~rollout.response_mask)))
@@ -321,17 +331,24 @@ def test_junk_in_the_padding_of_a_rollout_is_not_read() -> None:
 
 @given(mask=masks, seed=st.integers(0, 99))
 @settings(max_examples=50)
-def test_shuffled_boundaries_are_as_many_in_every_row(mask: Tensor, seed: int) -> None:
+def test_shuffled_boundaries_leave_the_same_lengths_in_every_row(mask: Tensor, seed: int) -> None:
+    """ma-rlhf.md section 8, control 5: the same multiset of lengths, in random order."""
     rollout = random_rollout(mask, seed)
-    inner = FixedNgram(n=3)
-    assert torch.equal(ShuffledBoundaries(inner=inner)(rollout).sum(1), inner(rollout).sum(1))
+    for inner in (Perplexity(), FixedNgram(n=3)):
+        lengths = [
+            macro_lengths(macro_ids(condition(rollout), mask)).sort(1).values
+            for condition in (inner, ShuffledBoundaries(inner=inner, seed=seed))
+        ]
+        assert torch.equal(*lengths)
 
 
-def test_shuffled_boundaries_lie_anywhere_alike_and_depend_on_seed_and_row() -> None:
+def test_shuffled_boundaries_come_in_every_order_alike_and_depend_on_seed_and_row() -> None:
     rollout = random_rollout(torch.ones(4000, 11, dtype=torch.bool))
-    closes = ShuffledBoundaries(inner=FixedNgram(n=5))(rollout)  # two of ten free tokens close
+    closes = ShuffledBoundaries(inner=FixedNgram(n=5))(rollout)  # lengths of 5, 5 and 1
     assert closes[:, -1].all()
-    shares = closes[:, :-1].float().mean(0)
-    torch.testing.assert_close(shares, torch.full((10,), 0.2), atol=0.03, rtol=0)
+    shares = closes.float().mean(0)
+    third = torch.tensor([1, 0, 0, 0, 2, 1, 0, 0, 0, 2, 3]) / 3  # 1 5 5: 0, 5; 5 1 5: 4, 5; 5 5 1: 4, 9
+    third[5], third[9] = 2 / 3, 1 / 3
+    torch.testing.assert_close(shares, third, atol=0.03, rtol=0)
     other = ShuffledBoundaries(inner=FixedNgram(n=5), seed=1)(rollout)
-    assert 0.5 < (closes != other).any(1).float().mean() < 1
+    assert 0.5 < (closes != other).any(1).float().mean() < 0.8

@@ -43,6 +43,14 @@ def test_a_text_that_cannot_be_parsed_has_no_trees_and_harms_no_other(pool: Pars
     assert found["more text"] == tuple(parsers.pairs("more text"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_parser_that_answers_too_few_stops_nothing(workers: int) -> None:
+    made = ParserPool(parsers.Forgetful(), workers=workers)
+    texts = ["one two", "three four", "five six"]
+    assert made.collect(texts) == {text: tuple(parsers.pairs(text)) for text in texts}  # each is asked for alone
+    made.close()
+
+
 def test_a_worker_that_dies_is_started_again_and_told_of(pool: ParserPool) -> None:
     with pytest.warns(UserWarning, match="died or hung under 'die now', which falls back .* lower .*`workers`, or fr"):
         found = pool.collect(["good text", "die now", "more text", "yet more text"])

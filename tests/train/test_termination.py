@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 import parsers
-from apportion import ConstituencyParse, CreditConfig, Delimiter, Entropy, LowProbability, PPOTrainer, Rollout
+from apportion import (
+    ConstituencyParse,
+    CreditConfig,
+    Delimiter,
+    Entropy,
+    EveryToken,
+    LowProbability,
+    PPOTrainer,
+    Rollout,
+)
 from apportion.credit.assign import Condition
 from apportion.rollout import sample
 from apportion.sampling import Sampling
 from apportion.score.text import with_text
 from apportion.train.run import read_records
-from trainers import metrics, run, trainer
+from trainers import learned, metrics, run, trainer
 
 
 def parsed(**changes) -> ConstituencyParse:
@@ -41,6 +50,16 @@ def test_a_run_divides_responses_by_what_they_say(condition: Condition, tmp_path
     for record in metrics(tmp_path):
         assert 1 < record["credit/actions"] < record["rollout/length"]
         assert record["credit/parse_fallbacks"] == 0
+    assert not workers()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: type(condition).__name__)
+def test_values_are_smoothed_over_what_responses_say(condition: Condition, tmp_path: Path) -> None:
+    """A condition of `value_smoothing` is given what one of `termination` is."""
+    plain = run(tmp_path / "plain", credit=CreditConfig(termination=EveryToken()), num_steps=2)
+    config = CreditConfig(termination=EveryToken(), value_smoothing=condition)
+    smoothed = run(tmp_path / "smoothed", credit=config, num_steps=2)
+    assert any(not torch.equal(x, y) for x, y in zip(learned(plain), learned(smoothed), strict=True))
     assert not workers()
 
 

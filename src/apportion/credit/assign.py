@@ -79,6 +79,7 @@ class CreditConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
+        self._check_kinds()
         poolings = ("equal", "unit", "position", "position_falling")
         for name, choices in (("macro_value", poolings), ("macro_reward", ("sum", "mean"))):
             if (value := getattr(self, name)) not in choices:
@@ -89,6 +90,16 @@ class CreditConfig:
             raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
         check_redistribution(self.redistribution)
         self._check_together()
+
+    def _check_kinds(self) -> None:
+        """Refuse a name or a class where one of its instances belongs."""
+        for name in ("termination", "advantage", "value_smoothing"):
+            value = getattr(self, name)
+            if isinstance(value, str | type):
+                kind = value if isinstance(value, str) else value.__name__
+                raise ValueError(f"{name} is {value!r}; give an instance, {kind}(...)")
+        if not isinstance(self.advantage, AdvantageEstimator):
+            raise ValueError(f"advantage is {self.advantage!r}; give GAE(...), or another AdvantageEstimator")
 
     def _check_together(self) -> None:
         """Refuse choices that have no meaning beside the estimator."""

@@ -49,6 +49,8 @@ class Attention(Redistribution):
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
         check_beta(self.beta)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))  # a list could be no key of a mixture
         _ = self.needs
 
     @property
@@ -106,6 +108,8 @@ class PolicyAttention(Redistribution):
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
         check_beta(self.beta)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))  # a list could be no key of a mixture
         if self.mode not in ("mean", "last"):
             raise ValueError(f"mode is {self.mode!r}; choose 'mean' (ABC-D) or 'last' (ABC-D2)")
         _ = self.needs

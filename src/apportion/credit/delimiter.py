@@ -37,7 +37,11 @@ class Delimiter(TerminationCondition):
     pattern: str
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compiled."""
+        """Refuse what cannot be compiled, or closes nothing."""
+        if not self.pattern:
+            raise ValueError(
+                "pattern is empty, which matches nothing that could close an action; give one, such as '\\n'"
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:

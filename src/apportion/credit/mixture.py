@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -49,7 +49,7 @@ class Mixture(Redistribution):
     gamma < 1 discounted sums, are the weighted means of those of the parts, so they are kept where the parts keep them.
 
     Attributes:
-        parts: Redistributions with their weights, which sum to 1.
+        parts: Redistributions with their weights, which sum to 1; as `Weighted`, or as a mapping to weights.
 
     Raises:
         ValueError: If there is no part, the weights do not sum to 1 up to 1e-6, or two parts need different attention
@@ -63,7 +63,10 @@ class Mixture(Redistribution):
 
     def __post_init__(self) -> None:
         """Refuse weights that do not sum to 1."""
-        object.__setattr__(self, "parts", tuple(self.parts))
+        given: Any = self.parts
+        if isinstance(given, Mapping):
+            given = (Weighted(redistribution=kind, weight=weight) for kind, weight in given.items())
+        object.__setattr__(self, "parts", tuple(given))
         if not self.parts:
             raise ValueError("parts is empty; give redistributions with weights that sum to 1")
         total = math.fsum(part.weight for part in self.parts)
@@ -114,27 +117,33 @@ class Shuffled(Redistribution):
     the original has gamma^(n-1) * R - beta * p_0: compare the two at gamma = 1, or with `from_prompt=False`.
 
     Attributes:
-        inner: The redistribution whose shares are permuted.
+        inner: The redistribution whose shares are permuted, or any callable.
         seed: Another seed gives other permutations.
 
     Source:
         Control 3 for ABC (https://arxiv.org/abs/2402.00782): is it the attention, or merely dense reward?
     """
 
-    inner: Redistribution
+    inner: Redistribution | Callable
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no redistribution."""
+        check_redistribution(self.inner)
 
     @property
     def needs(self) -> Needs:
         """What the inner redistribution needs."""
-        return self.inner.needs
+        return needs_of(self.inner)
 
     @property
     def weight(self) -> float:
-        """The weight of the inner redistribution."""
-        return self.inner.weight
+        """The weight of the inner redistribution; a callable of a user's is permuted whole."""
+        return self.inner.weight if isinstance(self.inner, Redistribution) else 1.0
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Permute the inner shares over the valid tokens."""
-        shares = self.inner.shares(rollout, scores).gather(1, permutations(rollout, self.seed))
+        inner = self.inner
+        shares = inner.shares(rollout, scores) if isinstance(inner, Redistribution) else place(inner, rollout, scores)
+        shares = shares.gather(1, permutations(rollout, self.seed))
         return torch.where(rollout.response_mask, shares, 0)

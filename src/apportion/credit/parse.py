@@ -40,6 +40,8 @@ class ParseTree:
         bad = next((node for node in self.nodes if not 0 <= node[0] < node[1] <= len(self.words)), None)
         if bad is not None:
             raise ValueError(f"a node has words {bad[0]} to {bad[1]}; the tree has {len(self.words)}")
+        if any((one[0], -one[1]) > (other[0], -other[1]) for one, other in pairwise(self.nodes)):
+            raise ValueError("nodes are out of order; list each before its children, and children from left to right")
 
     @classmethod
     def of(cls, root: Node, *, children: Callable[[Node], Sequence[Node]], span: Callable[[Node], Span]) -> Self:
@@ -106,7 +108,8 @@ def closing_tokens(trees: Sequence[ParseTree], text: str, spans: Sequence[Span],
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, parsing-based termination.
     """
     words = [word for tree in trees for word in tree.words]
-    if any(before[1] > after[0] for before, after in pairwise(words)) or (words and words[-1][1] > len(text)):
+    inside = not words or (words[0][0] >= 0 and words[-1][1] <= len(text))
+    if not inside or any(before[1] > after[0] for before, after in pairwise(words)):
         raise ValueError(f"trees with words {words[:3]} ... do not lie one after the other in {len(text)} characters")
     if not words:
         return [False] * (len(spans) - 1) + [True] * bool(spans)

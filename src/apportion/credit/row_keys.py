@@ -9,7 +9,7 @@ Source:
 """
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.batch import Rollout
@@ -34,8 +34,8 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return (x >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(x)
 
 
-def permutations(rollout: Rollout, seed: int) -> Int[Tensor, "B T"]:
-    """Draw a random permutation of the valid response tokens of each row.
+def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:
+    """Draw a random permutation of the valid response tokens of each row, or of other columns.
 
     All rows are sorted as one sequence, the row in the high bits: torch sorts that several times as fast as many short
     rows. Of the random bits 40 are left; among 512 tokens two keys agree once in eight million rows.
@@ -43,11 +43,12 @@ def permutations(rollout: Rollout, seed: int) -> Int[Tensor, "B T"]:
     Args:
         rollout: The rows.
         seed: Any integer; another seed gives other permutations.
+        mask: (B, T) bool. The columns that are permuted; by default those of valid tokens.
 
     Returns:
-        (B, T) int64. On a valid token the column of another valid token of the row, each once; elsewhere some column.
+        (B, T) int64. On such a column the number of another one of the row, each once; elsewhere some column.
     """
-    mask = rollout.response_mask
+    mask = rollout.response_mask if mask is None else mask
     count, place = mask.shape[1], ranks(mask).clamp(min=0)
     keys = row_keys(rollout, count, seed).gather(1, place)
     random = torch.where(mask, keys >> 24, 2**39)  # what is not valid comes last

@@ -16,15 +16,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.batch import Rollout
-from apportion.credit.row_keys import row_keys
+from apportion.credit.macro_actions import macro_ids, macro_lengths
+from apportion.credit.row_keys import permutations, row_keys
 from apportion.masked import compact, is_last, ranks
 
 
-def _check_whole(name: str, number: object) -> None:
+def check_whole(name: str, number: object) -> None:
     """Refuse what cannot count tokens: 2.5 would close an action nowhere, True would pass for 1."""
     if not isinstance(number, Integral) or isinstance(number, bool):
         raise ValueError(f"{name} is {number!r}, which counts no tokens; give a whole number, such as 5")
 
+
+IMPOSSIBLE = 1e9
+"""Nats that stand for an infinite surprise in a mean: more than any other, and sums with it are still told apart."""
 
 _REMEDIES = {
     "text": "add it with apportion.with_text(rollout, tokenizer)",
@@ -106,7 +110,7 @@ class FixedNgram(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse actions without tokens."""
-        _check_whole("n", self.n)
+        check_whole("n", self.n)
         if self.n < 1:
             raise ValueError(f"n is {self.n}; an n-gram has at least 1 token")
 
@@ -142,7 +146,7 @@ class RandomizedNgram(TerminationCondition):
     def __post_init__(self) -> None:
         """Refuse actions without tokens."""
         for name, number in (*(("lengths", length) for length in self.lengths), ("repeats", self.repeats)):
-            _check_whole(name, number)
+            check_whole(name, number)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths is {self.lengths}; give at least one length, each at least 1")
         if self.repeats < 1:
@@ -194,7 +198,11 @@ class Perplexity(TerminationCondition):
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
         mask = rollout.response_mask
         surprise = compact(-rollout.ref_logprobs.float(), mask)
-        opens = _rises(surprise, mask.sum(1, keepdim=True)) if self.variant == "token" else _mean_rises(surprise)
+        opens = (
+            _rises(surprise, mask.sum(1, keepdim=True))
+            if self.variant == "token"
+            else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
+        )
         return _closing_before(opens, mask, ahead=2 if self.early else 1)
 
 
@@ -276,12 +284,13 @@ def _closing_before(opens: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], ahead
 
 @dataclass(frozen=True)
 class ShuffledBoundaries(TerminationCondition):
-    """Close as many actions as another condition does, at random tokens: the control that keeps all but the places.
+    """Close actions as long as those of another condition, in random order: the control that keeps all but the places.
 
-    The permutation is a function of the seed and of the row's tokens (`row_keys`). The last valid token still closes.
+    The permutation is a function of the seed and of the row's tokens (`row_keys`). Over fixed n-grams it moves only
+    their shorter last one: it asks something of conditions that read the response.
 
     Attributes:
-        inner: The condition whose boundaries are permuted.
+        inner: The condition whose actions are permuted.
         seed: Another seed gives other permutations.
 
     Source:
@@ -297,14 +306,14 @@ class ShuffledBoundaries(TerminationCondition):
         return getattr(self.inner, "needs", frozenset())
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
-        """Permute the inner boundaries over the valid tokens but the last."""
+        """Mark the ends of the permuted actions."""
         mask = rollout.response_mask
-        last = is_last(mask)
-        free, place = mask & ~last, ranks(mask).clamp(min=0)
-        keys = row_keys(rollout, mask.shape[1], self.seed).gather(1, place)
-        order = torch.where(free, keys, torch.iinfo(torch.int64).max).argsort(1)
-        closes = self.inner(rollout).gather(1, order.gather(1, place))
-        return free & closes | last
+        lengths = macro_lengths(macro_ids(self.inner(rollout) | is_last(mask), mask))
+        exists = lengths > 0
+        permuted = torch.where(exists, lengths.gather(1, permutations(rollout, self.seed, exists)), 0)
+        ends = torch.where(exists, permuted.cumsum(1) - 1, mask.shape[1])
+        closes = torch.nn.functional.pad(torch.zeros_like(mask), (0, 1)).scatter(1, ends, True)[:, :-1]
+        return mask & closes.gather(1, ranks(mask).clamp(min=0))
 
 
 def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:

@@ -17,9 +17,9 @@ from apportion.data.prompts import PromptSet, encode_prompts
 from apportion.models import Policy, check_reward_model, load_policy, load_scorer
 from apportion.rollout import complete, sample
 from apportion.sampling import Sampling
-from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode
+from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode, name_of
 from apportion.streams import generator
-from apportion.train.evaluation import check_names, measured_rows, name_of
+from apportion.train.evaluation import check_names, measured_rows
 from apportion.train.launch import check_model, named, tell_dropped
 from apportion.train.learner import check_vocabulary, end_tokens, tokenizer_of
 from apportion.train.run import check_place

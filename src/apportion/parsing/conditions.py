@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apportion.batch import ResponseTexts, Rollout
 from apportion.credit.parse import Span, closing_tokens
-from apportion.credit.termination import TerminationCondition
+from apportion.credit.termination import TerminationCondition, check_whole
 from apportion.parsing.parsers import Parse, Parser, Stanza
 from apportion.parsing.pool import ParserPool
 from apportion.parsing.syntax import TreeSitter
@@ -35,6 +35,9 @@ class ParseCondition(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
+        check_whole("cutoff", self.cutoff)
+        if not isinstance(self.workers, int) or isinstance(self.workers, bool):
+            raise ValueError(f"workers is {self.workers!r}; choose a number of processes, or 0 to parse in this one")
         if self.cutoff < 1:
             raise ValueError(f"cutoff is {self.cutoff}; choose at least 1 token, 5 for prose and 10 for programs")
         if self.workers < 0:

@@ -159,7 +159,12 @@ class _Crew:
             if self.ended.is_set():
                 future.cancel()
                 continue
-            alone = self._living(place).parse([text])
+            try:
+                alone = self._living(place).parse([text])
+            except (ParserUnavailable, OSError) as error:  # it was loaded at first; what is short now may come back
+                told = f"no parser for {text[:60]!r}, which falls back to one action a token: {error}"
+                warnings.warn(told, stacklevel=2)
+                alone = [None]
             if alone is None and not self.ended.is_set():
                 warnings.warn(
                     f"a parser process died or hung under {text[:60]!r}, which falls back to one action a token; if "

@@ -32,6 +32,8 @@ def parsed(parser: Parser | Parse, texts: Sequence[str]) -> list[Trees | None]:
     """
     try:
         found = parser.many(texts) if isinstance(parser, Parser) else [parser(text) for text in texts]
+        if len(found) != len(texts):
+            raise ValueError(f"{len(found)} lists of trees for {len(texts)} texts")
         return [_checked(trees) for trees in found]
     except Exception as error:  # of a library, or of a user's own parser; training must not stop for it
         if len(texts) == 1:

@@ -47,7 +47,7 @@ class FunctionReward:
     ) -> None:
         if not callable(function):
             raise ValueError(f"the reward is {function!r}; give a model, a path to one, or one function (not a list)")
-        self.function, self.name = function, _name(function)
+        self.function, self.name = function, name_of(function)
         self.tokenizer = tokenizer
         if columns is not None:
             _check_call(function, list(columns))
@@ -98,6 +98,8 @@ class RewardModel:
         if head.out_features != 1:
             raise ValueError(f"the reward model has {head.out_features} labels; give a sequence classifier with one")
         self.model, self.tokenizer, self.policy_tokenizer = model.eval(), tokenizer, policy_tokenizer
+        if template is not None:
+            _check_template(template)
         self.budget, self.template = budget, template
         self.same_tokens = template is None and same_vocabulary(tokenizer, policy_tokenizer)
         if not self.same_tokens:
@@ -275,9 +277,19 @@ def _check_call(function: RewardFunction, columns: list[str]) -> None:
         signature.bind(prompts=None, completions=None, **dict.fromkeys(columns))
     except TypeError as error:
         given = ", ".join(("prompts", "completions", *columns))
-        raise ValueError(f"{_name(function)} is called with {given}: {error}; add the column, or take **_") from error
+        raise ValueError(f"{name_of(function)} is called with {given}: {error}; add the column, or take **_") from error
 
 
-def _name(function: Any) -> str:
+def _check_template(template: Template) -> None:
+    """Refuse a template that cannot be called with a prompt and a response."""
+    try:
+        inspect.signature(template).bind("", "")
+    except TypeError as error:
+        raise ValueError(f"reward_template {name_of(template)} is called with prompt and response: {error}") from error
+    except ValueError:
+        return  # not written in Python: it is not known what it takes
+
+
+def name_of(function: Any) -> str:
     """Name a callable as its author does."""
     return getattr(function, "__name__", type(function).__name__)

@@ -102,6 +102,8 @@ class PPOArguments:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
+        if not self.output_dir:
+            raise ValueError("output_dir is empty; name the folder of the run")
         for name in ("num_steps", "batch_size", "max_prompt_length", "save_total_limit"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1")

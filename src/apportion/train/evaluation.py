@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion.batch import Prompts
 from apportion.data.prompts import PromptSet
-from apportion.score.reward_model import FunctionReward, decode
+from apportion.score.reward_model import FunctionReward, decode, name_of
 from apportion.streams import generator
 
 if TYPE_CHECKING:
@@ -111,8 +111,3 @@ def check_names(functions: Sequence[Callable[..., Any]]) -> None:
     for place, name in enumerate(names):
         if name in TAKEN or name in names[:place]:
             raise ValueError(f"a reward function is called {name!r}, as another column is; give it another name")
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Name a reward function in the metrics as its author does."""
-    return getattr(function, "__name__", type(function).__name__)

@@ -1,37 +1,43 @@
 """What a run was given beside its settings, recognised again when it is resumed."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from apportion.data.prompts import PromptSet
-from apportion.score.reward_model import FunctionReward, Reward
+from apportion.score.reward_model import FunctionReward, Reward, RewardModel, name_of
 
 SAMPLED = 64
 """Numbers of each parameter that are looked at, evenly spread."""
 
 
 def prints_of(
-    prompts: PromptSet, eval_prompts: PromptSet | None, reference: nn.Module, reward: Reward
+    prompts: PromptSet, eval_prompts: PromptSet | None, reference: nn.Module, reward: Reward, peft_config: Any = None
 ) -> dict[str, str]:
     """Take a fingerprint of the data and of the models that do not learn.
 
     Models that learn need none: a checkpoint holds them. Of a policy with adapters, which is its own reference, the
-    base model is looked at; of a reward function its name.
+    base model is looked at (`model`); of functions, the reward and the template, their names; of columns what JSON can
+    hold, or else their type.
 
     Returns:
         By the name of the trainer's argument; equal where the same was given.
     """
     held = ((name, parameter) for name, parameter in reference.named_parameters() if not parameter.requires_grad)
-    found = {"train_dataset": _of_prompts(prompts), "ref_model": _of_parameters(held)}
+    role = "ref_model" if peft_config is None else "model"
+    found = {"train_dataset": _of_prompts(prompts), role: _of_parameters(held)}
+    if peft_config is not None:
+        found["peft_config"] = _digest(_text_of(peft_config.to_dict()))
     if eval_prompts is not None:
         found["eval_dataset"] = _of_prompts(eval_prompts)
     if isinstance(reward, FunctionReward):
         found["reward_model"] = reward.name
-    elif isinstance(model := getattr(reward, "model", None), nn.Module):
-        found["reward_model"] = _of_parameters(model.named_parameters())
+    elif isinstance(reward, RewardModel):
+        found["reward_model"] = _of_parameters(reward.model.named_parameters())
+        found["reward_template"] = "" if reward.template is None else name_of(reward.template)
     return found
 
 
@@ -50,7 +56,7 @@ def check_prints(saved: Mapping[str, Any], given: Mapping[str, str], folder: str
 
 
 def _of_prompts(prompts: PromptSet) -> str:
-    return _digest(repr((prompts.ids, prompts.columns)).encode())
+    return _digest(_text_of([prompts.ids, prompts.columns]))
 
 
 def _of_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
@@ -60,8 +66,19 @@ def _of_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
         numbers = parameter.detach().flatten()
         some = numbers[:: max(1, len(numbers) // SAMPLED)].float().cpu()
         parts.append((name, tuple(parameter.shape), some.tolist()))
-    return _digest(repr(parts).encode())
+    return _digest(repr(parts))
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _text_of(value: Any) -> str:
+    """Write as JSON what it can hold, arrays as lists and sets in order; of anything else the type."""
+
+    def other(thing: Any) -> Any:
+        if isinstance(thing, set | frozenset):
+            return sorted(map(str, thing))
+        return thing.tolist() if hasattr(thing, "tolist") else type(thing).__name__
+
+    return json.dumps(value, default=other, sort_keys=True)
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

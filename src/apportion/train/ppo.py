@@ -126,7 +126,7 @@ class PPOTrainer:
         self.reference, self.as_reference = roles.reference.to(self.accelerator.device), roles.as_reference
         self.state = TrainingState.begin(roles, args, self.accelerator)
         self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
-        self.termination = RunCondition(args.credit.termination, self.tokenizer)
+        self.termination = RunCondition(args.credit, self.tokenizer)
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
         if (request := needs_of(args.credit.redistribution).policy_attention) is not None:
             check_request(policy_model, request)
@@ -137,7 +137,7 @@ class PPOTrainer:
         self.callbacks = Callbacks(callbacks, args.num_steps, model=policy_model, processing_class=self.tokenizer)
         self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.score_scale: float | None = None if args.scale_scores else 1.0
-        self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward)
+        self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward, peft_config)
 
     def train(self) -> None:
         """Train, from the beginning or from where the run folder was left.
@@ -275,7 +275,7 @@ class PPOTrainer:
     def _load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint."""
         tensors, saved = checkpoint.load()
-        check_prints(saved["prints"], self.prints, self.args.output_dir)
+        check_prints(saved.get("prints", {}), self.prints, self.args.output_dir)
         self.state.load(tensors, saved["trees"])
         self.counters, self.score_scale = saved["counters"], saved["score_scale"]
 

@@ -1,4 +1,4 @@
-"""What the termination condition of a run asks of its trainer: texts, entropies, and processes that parse."""
+"""What the termination conditions of a run ask of its trainer: texts, entropies, and processes that parse."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from apportion.batch import Rollout
-from apportion.credit.assign import Condition
+from apportion.credit.assign import Condition, CreditConfig
 from apportion.score.text import with_text
 
 Watch = Callable[[str], AbstractContextManager[None]]
@@ -21,19 +21,20 @@ def innermost(condition: Condition) -> Condition:
 
 
 class RunCondition:
-    """Give a termination condition what it needs; a context in which its processes live.
+    """Give the termination condition, and that of `value_smoothing`, what they need; a context for their processes.
 
     A condition may have, besides `needs`, `open` and `close` for a run, and `prepare(rollout)`, which begins work that
     goes on while the reward is computed.
 
     Args:
-        condition: Any.
+        credit: Whose conditions.
         tokenizer: The policy's.
     """
 
-    def __init__(self, condition: Condition, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.condition, self.tokenizer = innermost(condition), tokenizer
-        self.needs: frozenset[str] = getattr(condition, "needs", frozenset())
+    def __init__(self, credit: CreditConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        given = [condition for condition in (credit.termination, credit.value_smoothing) if condition is not None]
+        self.conditions, self.tokenizer = [innermost(condition) for condition in given], tokenizer
+        self.needs = frozenset().union(*(getattr(condition, "needs", frozenset()) for condition in given))
 
     def __enter__(self) -> Self:
         """Load what the condition works with, so that what is missing is told first."""
@@ -69,11 +70,13 @@ class RunCondition:
             rollout: What `prepared` returned.
             watch: Times this as `time/parse`.
         """
-        if hasattr(self.condition, "prepare"):
-            with watch("time/parse"):
-                self.condition(rollout)
+        for condition in self.conditions:
+            if hasattr(condition, "prepare"):
+                with watch("time/parse"):
+                    condition(rollout)
 
     def _call(self, name: str, *arguments: Any) -> None:
         """Call a method that conditions need not have."""
-        if (method := getattr(self.condition, name, None)) is not None:
-            method(*arguments)
+        for condition in self.conditions:
+            if (method := getattr(condition, name, None)) is not None:
+                method(*arguments)

@@ -15,7 +15,8 @@ class PPOConfig:
     Attributes:
         num_ppo_epochs: Passes over each rollout.
         num_mini_batches: Optimizer steps a pass.
-        micro_batch_tokens: Tokens that a model is given at once, padding included; changes memory, not results.
+        micro_batch_tokens: Tokens that a model which only reads is given at once, padding included; one that learns is
+            given half (`learning_tokens`). Changes memory, not results.
         ratio: What is clipped: the ratio of a `token`, of a `macro` action, or its geometric mean (`macro_mean`).
         clip: Whether the pooled ratio is clipped, or the log ratio of each token before it is pooled, in nats, where
             going further would raise the objective (`policy_loss`).

@@ -1,0 +1,1 @@
+"""What runs inside a box: standard library only, bound into it read-only, never imported beside a model."""

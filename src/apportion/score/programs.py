@@ -1,0 +1,241 @@
+"""Programs and their tests: what ran, what passed, and what that is worth."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from apportion.score.boxed.plain import NotPlain, dumps, loads
+from apportion.score.sandbox import Backend, Bubblewrap, Job, Limits, Sandbox, SandboxError
+
+Status = Literal["ok", "compile_error", "runtime_error", "timeout"]
+End = Literal["passed", "failed", "error", "timeout", "not_run"]
+
+TOLERANCE = 1e-6
+"""Relative and absolute, between numbers where the reference prints one that is not whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tests:
+    """What a program is tested by: inputs and outputs, calls and their values, or source that asserts.
+
+    Attributes:
+        inputs: Text on standard input; or the arguments of each call, where there is a `function`.
+        outputs: Text on standard output; or what each call returns.
+        function: Function, or method of a class `Solution`, that is called (APPS's `fn_name`); None for a script.
+        checks: Sources of tests that name what the program defines, instead of inputs and outputs.
+        setup: Source that runs before each check.
+        prelude: Source that runs before the program, in its place: imports that the task promises.
+
+    Raises:
+        ValueError: If there is no test, or inputs and outputs differ in number.
+    """
+
+    __test__ = False  # not one of pytest's
+
+    inputs: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+    function: str | None = None
+    checks: Sequence[str] = ()
+    setup: str = ""
+    prelude: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what tests nothing."""
+        if len(self.inputs) != len(self.outputs):
+            raise ValueError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs are given; give as many")
+        if bool(self.checks) == bool(self.inputs):
+            raise ValueError("give inputs with outputs, or checks")
+
+    def __len__(self) -> int:
+        """Number of tests."""
+        return len(self.checks or self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestResult:
+    """How one test ended.
+
+    Attributes:
+        end: `not_run` after an error or a time-out of an earlier one.
+        message: What was said of it.
+        seconds: On the clock.
+    """
+
+    __test__ = False
+
+    end: End
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a program fared.
+
+    Attributes:
+        status: `ok` where every test ran to its end, right or wrong.
+        passed: Tests that passed.
+        failed: All others, those that did not run included.
+        per_test: Each test.
+        message: The error, if there was one.
+        line: Line of the program that the error names, from 1; None where none is known.
+    """
+
+    status: Status
+    passed: int
+    failed: int
+    per_test: tuple[TestResult, ...]
+    message: str = ""
+    line: int | None = None
+
+
+def run_tests(program: str, tests: Tests, limits: Limits | None = None, *, backend: Backend | None = None) -> Outcome:
+    """Run a program against its tests in a box of its own; the verdict is formed outside of its process.
+
+    Args:
+        program: Python source.
+        tests: Its tests. After the first error or time-out the others are not run.
+        limits: What it may use; by default those of `Limits`.
+        backend: How boxes are made; by default `Bubblewrap`.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        SandboxError: If no box can be made.
+    """
+    box = Sandbox(backend=backend or Bubblewrap(), limits=limits or Limits())
+    told = box.run(_job(program, tests))
+    if not told:
+        raise SandboxError("the box told nothing of the program")
+    results = [_judged(message, tests, place) for place, message in enumerate(told)]
+    results += [TestResult(end="not_run")] * (len(tests) - len(results))
+    last = told[-1]
+    status = STATUSES.get(last["end"], "ok")
+    passed = sum(result.end == "passed" for result in results)
+    return Outcome(
+        status=status,
+        passed=passed,
+        failed=len(tests) - passed,
+        per_test=tuple(results),
+        message="" if status == "ok" else results[len(told) - 1].message,
+        line=None if status == "ok" else _line(last),
+    )
+
+
+def run_many(
+    programs: Sequence[tuple[str, Tests]],
+    limits: Limits | None = None,
+    *,
+    backend: Backend | None = None,
+    workers: int | None = None,
+) -> Iterator[Outcome]:
+    """Run programs against their tests, some at a time.
+
+    Args:
+        programs: Each with its tests.
+        limits: What each may use; by default those of `Limits`.
+        backend: How boxes are made; by default `Bubblewrap`.
+        workers: Boxes at a time; by default as many as there are cores.
+
+    Yields:
+        Their outcomes, in order, each as soon as it and those before it are there.
+    """
+    # A box dies with the thread that started it: these live until the last of them is done.
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(lambda pair: run_tests(pair[0], pair[1], limits, backend=backend), programs)
+
+
+def program_reward(outcome: Outcome) -> float:
+    """Score an outcome: -1 for what does not compile, -0.6 for an error or a time-out, else -0.3 + 1.3 * share passed.
+
+    Source: MA-RLHF (https://arxiv.org/abs/2410.02743), the reward of APPS.
+    """
+    if outcome.status == "compile_error":
+        return -1.0
+    if outcome.status != "ok":
+        return -0.6
+    return -0.3 + 1.3 * outcome.passed / (outcome.passed + outcome.failed)
+
+
+def same_text(found: str, wanted: str) -> bool:
+    """Compare printed text as APPS does: line by line, whatever the space; numbers within a tolerance.
+
+    Numbers are compared as such where the wanted one is not whole, or written as a float.
+    """
+    lines = [[line.split() for line in text.splitlines() if line.strip()] for text in (found, wanted)]
+    if [*map(len, lines[0])] != [*map(len, lines[1])]:
+        return False
+    return all(
+        word == other or _close(word, other)
+        for line, other_line in zip(*lines, strict=True)
+        for word, other in zip(line, other_line, strict=True)
+    )
+
+
+def same_value(found: Any, wanted: Any) -> bool:
+    """Compare what a call returned as APPS does: tuples are lists, and the wanted value may come in a list of one."""
+    found = _listed(found)
+    alone = isinstance(wanted, list) and len(wanted) > 0 and found == wanted[0]
+    return bool(found == wanted or alone)
+
+
+STATUSES: dict[str, Status] = {"error": "runtime_error", "timeout": "timeout", "compile_error": "compile_error"}
+
+
+def _job(program: str, tests: Tests) -> Job:
+    """Say what is sent into the box: never an expected output."""
+    given = {"program": program, "prelude": tests.prelude}
+    if tests.checks:
+        return Job(mode="checks", **given, tests=tests.checks, setup=tests.setup)
+    if tests.function is None:
+        return Job(mode="scripts", **given, tests=tests.inputs)
+    inputs = [dumps(list(arguments)).decode() for arguments in tests.inputs]
+    return Job(mode="calls", **given, tests=inputs, function=tests.function)
+
+
+def _judged(message: dict[str, Any], tests: Tests, place: int) -> TestResult:
+    """Form the verdict on one test."""
+    seconds, said = float(message.get("seconds", 0.0)), str(message.get("message", ""))
+    ends: dict[str, End] = {"passed": "passed", "failed": "failed", "timeout": "timeout"}
+    if message["end"] == "exit":
+        right = same_text(message["stdout"], tests.outputs[place])
+        return TestResult(end="passed" if right else "failed", seconds=seconds)
+    if message["end"] == "returned":
+        try:
+            right = same_value(loads(message["value"].encode()), tests.outputs[place])
+        except NotPlain as error:
+            return TestResult(end="failed", message=str(error), seconds=seconds)
+        return TestResult(end="passed" if right else "failed", seconds=seconds)
+    if last := str(message.get("stderr", "")).strip().rpartition("\n")[2]:
+        said = f"{last} ({said})"
+    return TestResult(end=ends.get(message["end"], "error"), message=said, seconds=seconds)
+
+
+def _line(message: dict[str, Any]) -> int | None:
+    """Find the line of the program that an error names."""
+    named = re.findall(r'File "<program>", line (\d+)', str(message.get("stderr", "")))
+    return int(named[-1]) if named else int(message.get("line") or 0) or None
+
+
+def _close(word: str, wanted: str) -> bool:
+    """Compare two words as numbers, where the wanted one is a float."""
+    if not re.search(r"[.eE]|inf|nan", wanted):
+        return False
+    try:
+        return math.isclose(float(word), float(wanted), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    except ValueError:
+        return False
+
+
+def _listed(value: Any) -> Any:
+    """Turn tuples into lists, all the way down."""
+    if isinstance(value, list | tuple):
+        return [_listed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return value

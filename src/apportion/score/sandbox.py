@@ -1,0 +1,292 @@
+"""Run programs that nobody has read: bubblewrap, limits, a filter of system calls, and a first process of our own.
+
+What holds, and what does not, is in docs/sandbox.md. Nothing falls back to less: where bubblewrap does not work, an
+error says why. `UnsafeSubprocess` is for who asks for it by name.
+"""
+
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from apportion.score.boxed.frames import Broken, read_frame, write_frame
+from apportion.score.seccomp import filter_program
+
+BOXED = Path(__file__).parent / "boxed"
+START = "import sys; sys.path.append({!r}); from boxed.runner import main; main()"
+"""The first process of a box: isolated, and of apportion it has the folder `boxed` alone."""
+
+LONGEST_MESSAGE = 2**31
+ROOM = 5.0
+"""Seconds that a box may take beyond its tests before it is killed from outside."""
+
+
+class SandboxError(RuntimeError):
+    """A box cannot be made, or broke; says nothing of the program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        wall_seconds: For each test, and for what comes before the first call.
+        cpu_seconds: For each process of the program.
+        memory_bytes: Address space of each process.
+        processes: Processes and threads at a time.
+        output_bytes: Of standard output, and of a returned value; of standard error the end is kept.
+        disk_bytes: Room in /tmp, and the longest file.
+
+    Raises:
+        ValueError: If a limit is not positive.
+    """
+
+    wall_seconds: float = 10.0
+    cpu_seconds: float = 10.0
+    memory_bytes: int = 512 * 2**20
+    processes: int = 32
+    output_bytes: int = 2**20
+    disk_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        """Refuse what would let nothing run."""
+        for name, value in asdict(self).items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; choose a positive number")
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A way to start the first process of a box."""
+
+    def command(self, limits: Limits, info: int) -> list[str]:
+        """The command that starts it; standard input and output carry messages, `info` may tell its process."""
+        ...
+
+    def user(self) -> int | None:
+        """User that a program becomes; None to stay."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bubblewrap(Backend):
+    """Boxes by bubblewrap, as root or as an ordinary user.
+
+    Attributes:
+        packages: Whether programs may import what is installed beside apportion, such as numpy.
+        as_root: Whether boxes are made with the rights of root, and each program becomes a user of its own; otherwise
+            in a user namespace. By default as this process is.
+    """
+
+    packages: bool = True
+    as_root: bool = field(default_factory=lambda: os.geteuid() == 0)
+
+    @property
+    def program(self) -> str:
+        """Where bubblewrap is.
+
+        Raises:
+            SandboxError: If it is not installed.
+        """
+        found = shutil.which("bwrap")
+        if found is None:
+            raise SandboxError(
+                "bubblewrap is not installed, which programs are run in; apt-get install bubblewrap (version 0.8 or "
+                "later), or choose the backend unsafe-subprocess, which protects nothing"
+            )
+        return found
+
+    def command(self, limits: Limits, info: int) -> list[str]:
+        """What is bound, and what is not: no /proc, /etc, /home, /dev/shm."""
+        python = Path(os.path.realpath(sys.executable))
+        inside = Path("/python") / python.relative_to(sys.base_prefix)
+        rights = ("--cap-drop", "ALL", *(word for right in RIGHTS for word in ("--cap-add", right)))
+        paths = [path for path in site.getsitepackages() if os.path.isdir(path)] if self.packages else []
+        binds = [(sys.base_prefix, "/python"), (str(BOXED), "/runner/boxed"), ("/usr/lib", "/usr/lib")]
+        binds += [(path, path) for path in ("/usr/lib64",) if os.path.isdir(path)]
+        binds += [(path, f"/packages/{number}") for number, path in enumerate(paths)]
+        return [
+            *(self.program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
+            *("--as-pid-1", "--die-with-parent", "--new-session", "--clearenv", "--info-fd", str(info)),
+            *(rights if self.as_root else ("--unshare-user", "--disable-userns", "--cap-drop", "ALL")),
+            *(word for path in ("/usr", "/packages", "/runner", "/dev") for word in ("--perms", "0755", "--dir", path)),
+            *(word for pair in binds for word in ("--ro-bind", *pair)),
+            *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
+            *(word for name in DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")),
+            *("--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"),
+            *("--chdir", "/tmp", "--setenv", "HOME", "/tmp", "--setenv", "LC_ALL", "C.UTF-8"),
+            *("--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"),
+            *(
+                str(inside),
+                "-I",
+                "-S",
+                "-B",
+                "-c",
+                START.format("/runner"),
+                *(f"/packages/{i}" for i in range(len(paths))),
+            ),
+        ]
+
+    def user(self) -> int | None:
+        """As root another user for each box, for a limit of processes counts all of a user's."""
+        return random.SystemRandom().randrange(200_000, 2**31 - 2) if self.as_root else None
+
+
+RIGHTS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL")
+"""What the first process of a box needs as root, to give up being root for the program."""
+
+DEVICES = ("null", "zero", "urandom")
+
+
+@dataclass(frozen=True)
+class UnsafeSubprocess(Backend):
+    """No box at all: the limits and the filter of system calls hold, files and users are those of this process."""
+
+    def __post_init__(self) -> None:
+        """Warn."""
+        warnings.warn(
+            "unsafe-subprocess runs programs with the rights and files of this process; use it where you trust them",
+            stacklevel=3,
+        )
+
+    def command(self, limits: Limits, info: int) -> list[str]:  # noqa: ARG002
+        """The runner as an ordinary process."""
+        return [sys.executable, "-I", "-B", "-c", START.format(str(BOXED.parent))]
+
+    def user(self) -> int | None:
+        """Stay."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program and how it is tested.
+
+    Attributes:
+        mode: `scripts`: once for each input, output compared outside; `checks`: tests in a process of their own;
+            `calls`: a function with arguments, what it returns compared outside.
+        program: Its source.
+        tests: Inputs, sources of tests, or arguments in their plain form (`boxed.plain`).
+        prelude: Source that the task promises to run before the program, such as imports.
+        setup: Source before each test of `checks`.
+        function: What `calls` calls.
+    """
+
+    mode: str
+    program: str
+    tests: Sequence[str]
+    prelude: str = ""
+    setup: str = ""
+    function: str = ""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Boxes for programs, one a job.
+
+    Attributes:
+        backend: How boxes are made.
+        limits: What a program may use.
+    """
+
+    backend: Backend = field(default_factory=Bubblewrap)
+    limits: Limits = field(default_factory=Limits)
+
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """Run a program; wait until nothing of it is left.
+
+        Returns:
+            What the box told of each test, as far as it came, and of the program's end.
+
+        Raises:
+            SandboxError: If the box could not be made.
+        """
+        told, inside = os.pipe()
+        command = self.backend.command(self.limits, inside)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside,))
+        os.close(inside)
+        first = _first_process(process, told)
+        try:
+            found = [*self._messages(process, job)]
+            process.wait(ROOM)
+            return found
+        except (Broken, subprocess.TimeoutExpired) as error:
+            process.kill()
+            said = process.stderr.read().decode(errors="replace").strip() if process.stderr else ""
+            raise SandboxError(_explained(said or str(error))) from None
+        finally:
+            _end(process, first)
+
+    def _messages(self, process: subprocess.Popen, job: Job) -> Iterator[dict[str, Any]]:
+        """Send a job, and read what comes of it."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        head = {"mode": job.mode, "program": job.program, "prelude": job.prelude, "limits": asdict(self.limits)}
+        head |= {"bpf": filter_program().hex(), "user": self.backend.user()}
+        body = {"tests": list(job.tests), "setup": job.setup, "function": job.function}
+        for part in (head, body):
+            write_frame(process.stdin.fileno(), json.dumps(part).encode())
+        yield from _received(process.stdout.fileno(), self.limits.wall_seconds + ROOM)
+
+
+def _first_process(process: subprocess.Popen, told: int) -> int:
+    """Get hold of the first process of a box, whose end is that of all in it; of the process itself without one."""
+    with os.fdopen(told, "rb") as file:
+        info = file.read()
+    try:
+        return os.pidfd_open(json.loads(info)["child-pid"] if info else process.pid)
+    except (ValueError, ProcessLookupError):
+        return os.pidfd_open(process.pid)
+
+
+def _end(process: subprocess.Popen, first: int) -> None:
+    """Kill what is left, and wait until it is gone: the end of bwrap itself comes before that of the box."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(first, signal.SIGKILL)
+    process.kill()
+    select.select([first], [], [])
+    os.close(first)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
+    process.wait()
+
+
+def _received(file: int, patience: float) -> Iterator[dict[str, Any]]:
+    """Read messages until the box is gone."""
+    first = True
+    while True:
+        if not select.select([file], [], [], patience)[0]:
+            raise Broken("the box does not answer")
+        try:
+            message = json.loads(read_frame(file, LONGEST_MESSAGE))
+        except Broken:
+            if first:
+                raise
+            return
+        first = False
+        yield message
+
+
+def _explained(said: str) -> str:
+    """Say what to do where bubblewrap cannot work."""
+    if "user namespace" in said or "Operation not permitted" in said or "new namespace" in said:
+        said += (
+            "; bubblewrap may not make namespaces here: load its AppArmor profile (Ubuntu 24.04: apt-get install "
+            "apparmor-profiles), set sysctl kernel.unprivileged_userns_clone=1, or in a container allow it to make "
+            "them (docker run --security-opt seccomp=unconfined, or --privileged)"
+        )
+    return f"no box could be made: {said}"

@@ -1,0 +1,4 @@
+# script runtime_error
+import os
+
+os.abort()

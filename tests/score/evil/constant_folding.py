@@ -1,0 +1,3 @@
+# script runtime_error
+x = "a" * 10**10
+y = 3 ** (10**9)

@@ -1,0 +1,6 @@
+# call runtime_error
+import itertools
+
+
+def f(x):
+    return itertools.count()

@@ -1,0 +1,5 @@
+# script runtime_error
+import sys
+
+sys.excepthook = lambda *a: print("contained")
+raise ValueError

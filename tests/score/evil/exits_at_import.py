@@ -1,0 +1,4 @@
+# call runtime_error
+import sys
+
+sys.exit(0)

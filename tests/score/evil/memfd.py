@@ -1,0 +1,7 @@
+# script passed
+import os
+
+try:
+    os.memfd_create("hidden")
+except PermissionError:
+    print("contained")

@@ -1,0 +1,7 @@
+# script timeout
+held = []
+while True:
+    try:
+        held.append(bytearray(2**20))
+    except MemoryError:
+        pass

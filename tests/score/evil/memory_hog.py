@@ -1,0 +1,2 @@
+# script runtime_error
+x = bytearray(10**11)

@@ -1,0 +1,5 @@
+# call runtime_error
+def f(x):
+    value = []
+    value.append(value)
+    return value

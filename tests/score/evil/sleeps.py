@@ -1,0 +1,4 @@
+# script timeout
+import time
+
+time.sleep(10_000)

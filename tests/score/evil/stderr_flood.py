@@ -1,0 +1,5 @@
+# script timeout
+import sys
+
+while True:
+    sys.stderr.write("x" * 10**6)

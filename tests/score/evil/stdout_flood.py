@@ -1,0 +1,3 @@
+# script runtime_error
+while True:
+    print("x" * 10**6)

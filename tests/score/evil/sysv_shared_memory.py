@@ -1,0 +1,6 @@
+# script passed
+import ctypes
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+print("contained" if libc.shmget(0, 2**20, 0o1600) < 0 else "escaped")

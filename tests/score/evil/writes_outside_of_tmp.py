@@ -1,0 +1,12 @@
+# script passed
+import os
+
+written = []
+for folder in ("/", "/usr", "/usr/lib", "/python", "/python/lib", "/runner", "/packages/0", "/dev"):
+    try:
+        with open(os.path.join(folder, "evil"), "w") as file:
+            file.write("x")
+        written.append(folder)
+    except OSError:
+        pass
+print(written or "contained")

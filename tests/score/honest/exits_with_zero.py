@@ -1,0 +1,5 @@
+# script passed
+import sys
+
+print("contained")
+sys.exit()
