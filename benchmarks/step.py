@@ -37,7 +37,9 @@ time for each phase (`other` is in none) and for all, seconds on the clock, and 
 (libraries, weights and optimizer states included). `forwards` are those of reference, critic and reward model without
 gradient. One process computes at a time, in one thread; where the machine has other work, processor time is the number
 to compare. TRL's bf16 is what `accelerate launch --mixed_precision bf16` gives it: its passes with gradient run in
-bf16, its generation and its passes without gradient in float32."""
+bf16, its generation and its passes without gradient in float32. Rows at once are what TRL's models are given, and those
+of apportion's that only read; apportion gives its learners half as many (`PPOConfig.learning_tokens`). Methods that
+take turns share a process, and so a peak."""
 
 
 @dataclass(frozen=True, kw_only=True)

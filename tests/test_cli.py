@@ -53,7 +53,7 @@ REFUSED = {
     "unknown parser": (
         f"{PPO} --credit.termination ConstituencyParse --credit.termination.backend Stanzo",
         "'Stanzo'",
-        "did you mean Stanza?",
+        "did you mean Stanza",
     ),
     "no regular expression": (
         f"{PPO} --credit.termination Delimiter --credit.termination.pattern '['",

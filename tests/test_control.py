@@ -29,12 +29,18 @@ CHANGES = {
         "redistribution.init_args.row",
     },
     "mean-rewards": {"macro_reward"},
-    "kl-over-n": {"kl_coef"},
+    "kl-over-n": {"termination.class_path", "termination.init_args.n", "kl_coef"},
     "lam-root": {"termination.class_path", "termination.init_args.n", "advantage.init_args.lam"},
     "lam-1": {"termination.class_path", "termination.init_args.n", "advantage.init_args.lam"},
     "per-token": {"advantage.init_args.per"},
     "value-smoothing": {"termination.class_path", "termination.init_args.n", "value_smoothing.class_path"},
-    "boundaries-shuffled": {"termination.class_path", "termination.init_args.n"},
+    "perplexity": {
+        *("termination.class_path", "termination.init_args.n"),
+        *("termination.init_args.variant", "termination.init_args.early"),
+    },
+    "boundaries-shuffled": {
+        *("termination.class_path", "termination.init_args.variant", "termination.init_args.early"),
+    },
     "last-token-apart": {"last_token_apart"},
     "clamped-scores": {"score_clamp"},
 }

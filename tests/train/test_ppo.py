@@ -729,7 +729,7 @@ def test_a_run_is_not_resumed_with_other_data_or_models(name: str, adapters: boo
     if adapters:
         roles["peft_config"] = LORA
         if name == "ref_model":  # the policy without adapters
-            others = {"model": others["ref_model"]}
+            name, others = "model", {"model": others["ref_model"]}
     before = left_behind(tmp_path, run(tmp_path, roles=roles, eval_steps=3))
     assert left_behind(tmp_path, run(tmp_path, roles=roles, eval_steps=3, resume=True)) == before
     kept = (tmp_path / "metrics.jsonl").read_text()

@@ -161,8 +161,9 @@ class UnsafeSubprocess(Backend):
         )
 
     def command(self, limits: Limits, info: int) -> list[str]:  # noqa: ARG002
-        """The runner as an ordinary process."""
-        return [sys.executable, "-I", "-B", "-c", START.format(str(BOXED.parent))]
+        """The runner as an ordinary process, which has nothing to tell of a box."""
+        start = f"import os; os.close({info}); " + START.format(str(BOXED.parent))
+        return [sys.executable, "-I", "-B", "-c", start]
 
     def user(self) -> int | None:
         """Stay."""
