@@ -1,20 +1,26 @@
 """Time termination conditions: alone, and reading programs by `CodeParse` within a step of PPO.
 
-    python benchmarks/parse.py --data FOLDER [--steps 6]
+    python benchmarks/parse.py --data FOLDER [--steps 6] [--write]
 
 FOLDER holds `humaneval/HumanEval.jsonl.gz`, `gpt2_tokenizer/tokenizer.json` and `stories260k/`, a language model.
 First each condition on 64 rows of 512 tokens, in processor time of one thread; then 64 programs of HumanEval, cut at
 512 tokens; then the share of `time/parse` in a step of PPO on 32 responses of 128 tokens, of a model of 260,000
-parameters, beside which parsing weighs as much as it ever can.
+parameters, beside which parsing weighs as much as it ever can. With `--write` the report goes to
+`benchmarks/results/parse-DATE.md`.
 """
 
 import argparse
 import gzip
 import json
+import os
+import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -36,10 +42,12 @@ from apportion import (
     ResponseTexts,
     Rollout,
     Sampling,
+    ShuffledBoundaries,
     WholeResponse,
     with_text,
 )
 
+ROOT = Path(__file__).parent.parent
 ROWS, TOKENS = 64, 512
 CONDITIONS = (
     EveryToken(),
@@ -51,6 +59,7 @@ CONDITIONS = (
     LowProbability(),
     Delimiter(r"\n"),
     Delimiter(r"[.!?](?=\s)"),
+    ShuffledBoundaries(FixedNgram()),
     WholeResponse(),
 )
 
@@ -79,17 +88,19 @@ def rollout_of(ids: torch.Tensor, mask: torch.Tensor) -> Rollout:
     )
 
 
-def alone() -> None:
+def alone() -> Iterator[str]:
+    yield from ("", f"## {ROWS} rows of {TOKENS} tokens, milliseconds of processor time, median of 100", "")
+    yield from ("| condition | ms |", "|---|---|")
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     text = ("The quick brown fox, jumped over the lazy dog and so on. " * 60)[: 4 * TOKENS]
     places = torch.arange(TOKENS) * 4
     text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
     rollout = Rollout(**vars(rollout_of(torch.ones(ROWS, TOKENS, dtype=torch.long), mask)) | {"text": text_of})
     for condition in CONDITIONS:
-        print(f"| `{condition}` | {milliseconds(lambda c=condition: c(rollout), 100):.2f} |")
+        yield f"| `{condition}` | {milliseconds(lambda c=condition: c(rollout), 100):.2f} |"
 
 
-def programs(data: Path) -> None:
+def programs(data: Path) -> Iterator[str]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(data / "gpt2_tokenizer" / "tokenizer.json"))
     with gzip.open(data / "humaneval" / "HumanEval.jsonl.gz", "rt") as lines:
         rows = [row["prompt"] + row["canonical_solution"] for row in map(json.loads, lines)][:ROWS]
@@ -101,12 +112,13 @@ def programs(data: Path) -> None:
     read = with_text(rollout, tokenizer)
     CodeParse()(read)  # loads the grammar
     tokens = float(rollout.lengths.float().mean())
-    print(f"{ROWS} programs of {tokens:.0f} tokens on average")
-    print(f"| `with_text` | {milliseconds(lambda: with_text(rollout, tokenizer), 5):.0f} |")
-    print(f"| `CodeParse()`, nothing remembered | {milliseconds(lambda: CodeParse()(read), 5):.0f} |")
+    yield from ("", f"## {ROWS} programs of {tokens:.0f} tokens on average, milliseconds, median of 5", "")
+    yield from ("| work | ms |", "|---|---|")
+    yield f"| `with_text` | {milliseconds(lambda: with_text(rollout, tokenizer), 5):.0f} |"
+    yield f"| `CodeParse()`, nothing remembered | {milliseconds(lambda: CodeParse()(read), 5):.0f} |"
 
 
-def in_a_step(data: Path, steps: int) -> None:
+def in_a_step(data: Path, steps: int) -> Iterator[str]:
     prompts = Dataset.from_dict({"prompt": ["Once upon a time", "The dog", "def add(x, y):", "A girl"] * 8})
     with tempfile.TemporaryDirectory() as folder:
         args = PPOArguments(
@@ -129,20 +141,39 @@ def in_a_step(data: Path, steps: int) -> None:
     for line in lines[1:]:
         times = {name: value for name, value in line.items() if name.startswith("time/")}
         shares.append(times["time/parse"] / sum(times.values()))
-        print({name: round(value, 3) for name, value in times.items()}, line["credit/parse_fallbacks"])
-    print(f"share of a step: {100 * statistics.median(shares):.1f} %")
+    yield from ("", f"## A step of PPO, 32 responses of 128 tokens, `CodeParse()`, {steps} updates", "")
+    yield f"`time/parse` is {100 * statistics.median(shares):.1f} % of a step (median of all but the first)."
+
+
+def report(data: Path, steps: int) -> Iterator[str]:
+    """Measure, and write the report line by line."""
+    git = ("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
+    yield from ("# Termination conditions, one thread", "")
+    yield f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
+    yield f"- commit: {subprocess.run(git, capture_output=True, text=True).stdout.strip()}"
+    yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores; torch {torch.__version__}"
+    yield f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; load average of the minute before: {os.getloadavg()[0]:.1f}"
+    yield from alone()
+    yield from programs(data)
+    yield from in_a_step(data, steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time termination conditions.")
     parser.add_argument("--data", type=Path, required=True, help="folder of HumanEval, a tokenizer and a model")
     parser.add_argument("--steps", type=int, default=6, help="updates of the run")
+    parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.zeros(4 * 2**20)  # as in benchmarks/credit.py: keep freed memory at hand
-    alone()
-    programs(arguments.data)
-    in_a_step(arguments.data, arguments.steps)
+    lines = []
+    for line in report(arguments.data, arguments.steps):
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.write:
+        path = ROOT / "benchmarks" / "results" / f"parse-{datetime.now(UTC):%Y-%m-%d}.md"
+        path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
