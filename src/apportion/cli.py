@@ -290,7 +290,8 @@ def _reason(message: str, options: Iterable[str]) -> str:
 def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> str:
     """Say one of jsonargparse's reasons with the value and the remedy."""
     if found := re.match(r"Expected a dot import path string: (.*)", reason):
-        return f"there is no class {found[1]!r} for it{_nearest(found[1], _classes())}; give its name or dotted path"
+        others = _classes() - {found[1]}  # which is a class, but of another kind, where it is among them
+        return f"there is no class {found[1]!r} for it{_nearest(found[1], others)}; give its name or dotted path"
     if reason.startswith("No module named"):
         return f"{chosen} cannot be imported ({reason}); give a dotted path such as my_module.MyClass"
     if found := re.match(r"Import path does not correspond to a subclass of (\w+)", reason):
