@@ -189,7 +189,8 @@ def test_needs_of_another_kind_are_refused() -> None:
 
 def test_a_mixture_takes_a_mapping_and_heads_as_a_list() -> None:
     with without_type_checks():
-        parts: Any = {Attention(heads=[0, 1]): 0.7, Uniform(): 0.3}  # type: ignore[arg-type]
+        heads: Any = [0, 1]
+        parts: Any = {Attention(heads=heads): 0.7, Uniform(): 0.3}
         found = Mixture(parts)
     assert found == Mixture.of({Attention(heads=(0, 1)): 0.7, Uniform(): 0.3})
 

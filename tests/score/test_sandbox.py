@@ -108,6 +108,11 @@ def test_an_object_that_equals_everything_fools_no_test_of_humaneval(shared: Pat
     assert not any(outcome.passed for outcome in run_many(pairs, TIGHT))
 
 
+def test_a_source_with_a_nul_does_not_compile() -> None:
+    """Of its own, for a file with it is none of text."""
+    assert run_tests("print('contained')\0", KINDS["script"], TIGHT).status == "compile_error"
+
+
 def test_boxes_run_side_by_side() -> None:
     sleepy = ("import time; time.sleep(0.5); print(1)", Tests(inputs=[""], outputs=["1"]))
     begin = time.monotonic()

@@ -64,9 +64,7 @@ class Mixture(Redistribution):
     def __post_init__(self) -> None:
         """Refuse weights that do not sum to 1."""
         given: Any = self.parts
-        if isinstance(given, Mapping):
-            given = (Weighted(redistribution=kind, weight=weight) for kind, weight in given.items())
-        object.__setattr__(self, "parts", tuple(given))
+        object.__setattr__(self, "parts", self.of(given).parts if isinstance(given, Mapping) else tuple(given))
         if not self.parts:
             raise ValueError("parts is empty; give redistributions with weights that sum to 1")
         total = math.fsum(part.weight for part in self.parts)

@@ -50,7 +50,7 @@ def run_script(code: CodeType, prelude: str) -> None:
     except BaseException:
         traceback.print_exc()
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        _wait_for_threads()
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
@@ -101,6 +101,13 @@ def _method(names: dict[str, Any], target: Any) -> Any:
     if target not in names and isinstance(solution := names.get("Solution"), type):
         return getattr(solution(), target)
     return names[target]
+
+
+def _wait_for_threads() -> None:
+    """Wait as Python does at the end of a script: for all but daemons, those that are started meanwhile included."""
+    while waiting := [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]:
+        for thread in waiting:
+            thread.join()
 
 
 def _status_of(error: SystemExit) -> int:
