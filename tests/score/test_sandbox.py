@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from apportion.score.programs import Tests, run_many, run_tests
+from apportion.data.problems import Tests
+from apportion.score.programs import run_many, run_tests
 from apportion.score.sandbox import Bubblewrap, Limits, SandboxError, UnsafeSubprocess
 
 HERE = Path(__file__).parent
@@ -122,7 +123,7 @@ def test_boxes_run_side_by_side() -> None:
 
 def test_a_killed_parent_leaves_nothing_behind() -> None:
     code = (
-        "from apportion.score.programs import *\n"
+        "from apportion.data.problems import Tests\nfrom apportion.score.programs import *\n"
         "print('ready', flush=True)\n"
         "run_tests('while True: pass', Tests(inputs=[''], outputs=['']))\n"
     )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from apportion.data.problems import Tests
 from apportion.score.boxed.plain import NotPlain, dumps, loads
 from apportion.score.sandbox import Backend, Bubblewrap, Job, Limits, Sandbox, SandboxError
 
@@ -16,43 +17,6 @@ End = Literal["passed", "failed", "error", "timeout", "not_run"]
 
 TOLERANCE = 1e-6
 """Relative and absolute, between numbers where the reference prints one that is not whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tests:
-    """What a program is tested by: inputs and outputs, calls and their values, or source that asserts.
-
-    Attributes:
-        inputs: Text on standard input; or the arguments of each call, where there is a `function`.
-        outputs: Text on standard output; or what each call returns.
-        function: Function, or method of a class `Solution`, that is called (APPS's `fn_name`); None for a script.
-        checks: Sources of tests that name what the program defines, instead of inputs and outputs.
-        setup: Source that runs before each check.
-        prelude: Source that runs before the program, in its place: imports that the task promises.
-
-    Raises:
-        ValueError: If there is no test, or inputs and outputs differ in number.
-    """
-
-    __test__ = False  # not one of pytest's
-
-    inputs: Sequence[Any] = ()
-    outputs: Sequence[Any] = ()
-    function: str | None = None
-    checks: Sequence[str] = ()
-    setup: str = ""
-    prelude: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse what tests nothing."""
-        if len(self.inputs) != len(self.outputs):
-            raise ValueError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs are given; give as many")
-        if bool(self.checks) == bool(self.inputs):
-            raise ValueError("give inputs with outputs, or checks")
-
-    def __len__(self) -> int:
-        """Number of tests."""
-        return len(self.checks or self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,140 @@
+"""Programming problems: what is asked, what tests the answer, and which program a model's answer is."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tests:
+    """What a program is tested by: inputs and outputs, calls and their values, or source that asserts.
+
+    Attributes:
+        inputs: Text on standard input; or the arguments of each call, where there is a `function`.
+        outputs: Text on standard output; or what each call returns.
+        function: Function, or method of a class `Solution`, that is called (APPS's `fn_name`); None for a script.
+        checks: Sources of tests that name what the program defines, instead of inputs and outputs.
+        setup: Source that runs before each check.
+        prelude: Source that runs before the program, in its place: imports that the task promises.
+
+    Raises:
+        ValueError: If there is no test, or inputs and outputs differ in number.
+    """
+
+    __test__ = False  # not one of pytest's
+
+    inputs: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+    function: str | None = None
+    checks: Sequence[str] = ()
+    setup: str = ""
+    prelude: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what tests nothing."""
+        if len(self.inputs) != len(self.outputs):
+            raise ValueError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs are given; give as many")
+        if bool(self.checks) == bool(self.inputs):
+            raise ValueError("give inputs with outputs, or checks")
+
+    def __len__(self) -> int:
+        """Number of tests."""
+        return len(self.checks or self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A programming problem.
+
+    Attributes:
+        task_id: Its name in its benchmark; no two problems share one.
+        prompt: What a model is given.
+        tests: What its answer is tested by.
+        difficulty: Such as `introductory`; empty where the benchmark has none.
+        head: Source that an answer continues, such as a signature with its description; empty where an answer is a
+            whole program.
+        solutions: Answers that are right, in the form of a completion of the prompt.
+    """
+
+    task_id: str
+    prompt: str
+    tests: Tests
+    difficulty: str = ""
+    head: str = ""
+    solutions: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Write all but the prompt and the solutions, for a column that a reward reads."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("prompt", "solutions")}
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Problem":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is something else.
+        """
+        try:
+            content = json.loads(text)
+            return cls(**content | {"prompt": "", "tests": Tests(**content["tests"])})
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            shown = text if isinstance(text, str) and len(text) < 60 else f"{str(text)[:57]}..."
+            raise ValueError(f"{shown!r} is no problem ({error}); give what Problem.to_json writes") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The program that a completion stands for, and where the completion's own part of it lies.
+
+    Attributes:
+        program: Its source.
+        start: Character of the program where that part begins.
+        taken: Characters of the completion that were taken, from and to.
+    """
+
+    program: str
+    start: int
+    taken: tuple[int, int]
+
+    def characters(self, line: int) -> tuple[int, int] | None:
+        """Find what the model wrote of a line.
+
+        Args:
+            line: Line of the program, from 1.
+
+        Returns:
+            Characters of the completion, from and to, without the line's indent and end; None where it wrote nothing
+            of it.
+        """
+        lines = self.program.split("\n")
+        if not 1 <= line <= len(lines) or not (text := lines[line - 1].strip()):
+            return None
+        begin = sum(len(before) + 1 for before in lines[: line - 1]) + lines[line - 1].index(text)
+        shift = self.taken[0] - self.start
+        first, last = max(begin + shift, self.taken[0]), min(begin + len(text) + shift, self.taken[1])
+        return (first, last) if first < last else None
+
+
+FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+"""A block of Markdown; the last one may have been cut off."""
+
+
+def answer(completion: str, head: str = "") -> Answer:
+    """Make a program of what a model wrote: its first fenced block, or all of it, behind what it was to continue.
+
+    Behind a head that ends with a line, text that begins without indent cannot go on in its body: it stands below it,
+    as where a chat model writes the function again.
+
+    Args:
+        completion: What the model wrote.
+        head: Source that it continues.
+
+    Returns:
+        The program.
+    """
+    block = FENCE.search(completion)
+    start, end = block.span(1) if block else (0, len(completion))
+    return Answer(program=head + completion[start:end], start=len(head), taken=(start, end))
