@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from apportion.score.boxed.frames import Broken, read_frame, write_frame
 from apportion.score.seccomp import filter_program
@@ -168,6 +168,25 @@ class UnsafeSubprocess(Backend):
     def user(self) -> int | None:
         """Stay."""
         return None
+
+
+BackendName = Literal["bubblewrap", "unsafe-subprocess"]
+
+
+def backend_named(name: BackendName) -> Backend:
+    """Make a backend as settings name it.
+
+    Args:
+        name: `bubblewrap`, or `unsafe-subprocess`, which protects nothing.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if name == "bubblewrap":
+        return Bubblewrap()
+    if name == "unsafe-subprocess":
+        return UnsafeSubprocess()
+    raise ValueError(f"there is no backend {name!r}; one of bubblewrap, unsafe-subprocess")
 
 
 @dataclass(frozen=True, kw_only=True)
