@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from apportion.credit.assign import CreditConfig, assign_credit
     from apportion.credit.attention import Attention, PolicyAttention
     from apportion.credit.delimiter import Delimiter
+    from apportion.credit.error_line import ErrorLine
     from apportion.credit.groups import GRPO, RLOO, DrGRPO
     from apportion.credit.macro_actions import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
     from apportion.credit.mixture import Mixture, Shuffled, Weighted
@@ -37,10 +38,15 @@ if TYPE_CHECKING:
         WholeResponse,
     )
     from apportion.credit.token_weights import token_weights
+    from apportion.data.problems import Problem, Tests
     from apportion.masked import masked_mean, masked_var, masked_whiten
     from apportion.parsing.conditions import CodeParse, ConstituencyParse
     from apportion.parsing.parsers import Benepar, Parser, Stanza
     from apportion.sampling import Sampling
+    from apportion.score.function_reward import ScoringFunction
+    from apportion.score.program_tests import ProgramTests
+    from apportion.score.programs import Outcome, program_reward, run_many, run_tests
+    from apportion.score.sandbox import Bubblewrap, Limits, SandboxError, UnsafeSubprocess
     from apportion.score.text import with_text
     from apportion.train.arguments import PPOArguments
     from apportion.train.ppo import PPOTrainer
@@ -55,6 +61,7 @@ __all__ = [
     "Attention",
     "AttentionRequest",
     "Benepar",
+    "Bubblewrap",
     "CodeParse",
     "ConstituencyParse",
     "Credit",
@@ -62,11 +69,14 @@ __all__ = [
     "Delimiter",
     "DrGRPO",
     "Entropy",
+    "ErrorLine",
     "EveryToken",
     "FixedNgram",
+    "Limits",
     "LowProbability",
     "Mixture",
     "Needs",
+    "Outcome",
     "PPOArguments",
     "PPOConfig",
     "PPOTrainer",
@@ -75,19 +85,25 @@ __all__ = [
     "Perplexity",
     "PolicyAttention",
     "PrefixDifference",
+    "Problem",
+    "ProgramTests",
     "RandomizedNgram",
     "Redistribution",
     "ReinforcePlusPlus",
     "ResponseTexts",
     "Rollout",
     "Sampling",
+    "SandboxError",
     "Scores",
+    "ScoringFunction",
     "Shuffled",
     "ShuffledBoundaries",
     "Stanza",
     "Terminal",
     "TerminationCondition",
+    "Tests",
     "Uniform",
+    "UnsafeSubprocess",
     "Weighted",
     "WholeResponse",
     "assign_credit",
@@ -100,6 +116,9 @@ __all__ = [
     "masked_whiten",
     "policy_loss",
     "pooling_weights",
+    "program_reward",
+    "run_many",
+    "run_tests",
     "sum_over_actions",
     "to_tokens",
     "token_level_rewards",
@@ -123,13 +142,19 @@ _HOMES = (
     "credit.termination",
     "credit.parse",
     "credit.delimiter",
+    "credit.error_line",
     "credit.token_weights",
     "credit.assign",
     "parsing.parsers",
     "parsing.conditions",
     "update.losses",
     "sampling",
+    "data.problems",
+    "score.sandbox",
+    "score.programs",
     "score.text",
+    "score.function_reward",
+    "score.program_tests",
     "update.config",
     "update.ppo",
     "train.arguments",

@@ -156,11 +156,13 @@ class Needs:
         attention: Attention of the reward model; None for no need of it.
         policy_attention: Attention of the policy; None for no need of it.
         prefix_scores: Whether the reward head is to be read at every prefix.
+        error_tokens: Whether the tokens are to be marked that an error was reported at.
     """
 
     attention: AttentionRequest | None = None
     policy_attention: AttentionRequest | None = None
     prefix_scores: bool = False
+    error_tokens: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
         """Ask for what either asks for.
@@ -177,6 +179,7 @@ class Needs:
             attention=self.attention or other.attention,
             policy_attention=self.policy_attention or other.policy_attention,
             prefix_scores=self.prefix_scores or other.prefix_scores,
+            error_tokens=self.error_tokens or other.error_tokens,
         )
 
     @property
@@ -209,6 +212,8 @@ class Scores:
             negative, of any sum.
         prefix_scores: (B, T + 1) float or None. The reward head read after the prompt (entry 0) and after each
             response token (entry t + 1 for token t).
+        error_tokens: (B, T) bool or None. True on the tokens of the line that an error of a program was reported at;
+            none in a row without an error, or where its line is not known or not the policy's.
 
     Raises:
         ValueError: If the row counts differ, or `scores` has more axes than one.
@@ -218,12 +223,13 @@ class Scores:
     attention: Float[Tensor, "B T"] | None = None
     policy_attention: Float[Tensor, "B T"] | None = None
     prefix_scores: Float[Tensor, "B T1"] | None = None
+    error_tokens: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
         if self.scores.ndim != 1:
             raise ValueError(f"scores has shape {tuple(self.scores.shape)}; give one number a response, (B,)")
-        for name in ("attention", "policy_attention", "prefix_scores"):
+        for name in ("attention", "policy_attention", "prefix_scores", "error_tokens"):
             tensor = getattr(self, name)
             if tensor is not None and len(tensor) != len(self.scores):
                 raise ValueError(f"{name} has {len(tensor)} rows; scores has {len(self.scores)}")

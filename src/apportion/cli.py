@@ -63,6 +63,13 @@ COMMANDS = {
         function="ppo",
         keeps_config=True,
     ),
+    "task": Command(
+        help="write a built-in task: a base model with its tokenizer, and data",
+        module="apportion.data.tasks",
+        settings="Task",
+        function="write_task",
+        positional="name",
+    ),
     "generate": Command(
         help="write responses to held-out prompts, with reward, KL and length, as JSON lines",
         module="apportion.evaluate.generate",

@@ -21,7 +21,8 @@ import apportion.score.attention
 from apportion import Attention
 from apportion.batch import NOTHING, AttentionRequest, Needs, Prompts, Scores
 from apportion.rollout import Responses
-from apportion.score.reward_model import FunctionReward, RewardModel, decode
+from apportion.score.function_reward import FunctionReward
+from apportion.score.reward_model import RewardModel, decode
 from families import EOS, PAD, classifier, prompts_of
 
 BOTH = Needs(attention=AttentionRequest(), prefix_scores=True)

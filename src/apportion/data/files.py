@@ -3,7 +3,7 @@
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,14 @@ def load(path: str | Path, *, split: str = "train", columns: Sequence[str] = (),
         raise ValueError(f"{path} is empty; give at least one row")
     require_columns(rows, columns, path)
     return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> None:
+    """Write rows under another name first: a file of this name is whole."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    temporary.replace(path)
 
 
 def require_columns(rows: Dataset, columns: Sequence[str], name: str = "the data set") -> None:

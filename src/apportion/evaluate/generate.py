@@ -17,10 +17,11 @@ from apportion.data.prompts import PromptSet, encode_prompts
 from apportion.models import Policy, check_reward_model, load_policy, load_scorer
 from apportion.rollout import complete, sample
 from apportion.sampling import Sampling
-from apportion.score.reward_model import FunctionReward, Reward, RewardModel, decode, name_of
+from apportion.score.function_reward import FunctionReward, ScoringFunction
+from apportion.score.reward_model import Reward, RewardModel, decode, name_of
 from apportion.streams import generator
 from apportion.train.evaluation import check_names, measured_rows
-from apportion.train.launch import check_model, named, tell_dropped
+from apportion.train.launch import check_model, function_of, named, tell_dropped
 from apportion.train.learner import check_vocabulary, end_tokens, tokenizer_of
 from apportion.train.run import check_place
 
@@ -34,7 +35,8 @@ class Generate:
         output: JSON-lines file; it must not be there yet.
         ref_model: The reference that the divergence is measured from; without one no divergence is reported.
         reward_model: A sequence classifier with one label.
-        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`.
+        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`; or one with
+            settings by its name, such as `ProgramTests`.
         reward_template: Dotted path of a function from prompt and response to the text that the reward model reads.
         data: Prompts: the held-out rows where the source holds some out, else all of them.
         sampling: What responses are drawn from.
@@ -53,7 +55,7 @@ class Generate:
     output: str
     ref_model: str | None = None
     reward_model: str | None = None
-    reward_function: str | None = None
+    reward_function: ScoringFunction | str | None = None
     reward_template: str | None = None
     data: Source = field(default_factory=Files)
     sampling: Sampling = field(default_factory=Sampling)
@@ -93,7 +95,7 @@ def generate(settings: Generate) -> None:
     if settings.reward_model is not None:
         check_reward_model(settings.reward_model)
     if settings.reward_function is not None:
-        check_names([named(settings.reward_function)])
+        check_names([function_of(settings.reward_function)])
     measure = _Measure(settings)
     tell_dropped(measure.prompts.dropped, settings.max_prompt_length)
     count = _write(measure, output)
@@ -155,7 +157,10 @@ class _Measure:
             )
             columns["kl"] = rollout.kl.sum(1)
         columns |= {name: reward(prompts, responses).scores for name, reward in self.rewards.items()}
-        return measured_rows(prompts, decode(self.tokenizer, prompts, responses), columns)
+        texts = decode(self.tokenizer, prompts, responses)
+        functions = [reward for reward in self.rewards.values() if isinstance(reward, FunctionReward)]
+        details = functions[0].details(prompts, texts) if functions else None
+        return measured_rows(prompts, texts, columns, details)
 
     def _policy(self, path: str) -> Policy:
         model = self._placed(load_policy(path))
@@ -176,6 +181,6 @@ class _Measure:
                 template=None if template is None else named(template),
             )
         if self.settings.reward_function is not None:
-            function = named(self.settings.reward_function)
+            function = function_of(self.settings.reward_function)
             rewards[name_of(function)] = FunctionReward(function, self.tokenizer, self.prompts.columns)
         return rewards

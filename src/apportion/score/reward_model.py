@@ -1,7 +1,6 @@
 """The score of each response, and what a redistribution asks the reward model for besides."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +16,6 @@ from apportion.score.alignment import Template, align, concatenation, usable_pad
 from apportion.score.attention import check_request
 from apportion.score.attention_columns import capture_attention
 
-RewardFunction = Callable[..., Sequence[float]]
-"""`(prompts, completions, **columns) -> list[float]`, TRL's convention; columns are those of the data set."""
-
 
 @runtime_checkable
 class Reward(Protocol):
@@ -28,46 +24,6 @@ class Reward(Protocol):
     def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
         """Score B responses; `needs` says what is wanted besides."""
         ...
-
-
-class FunctionReward:
-    """A reward function over texts.
-
-    Attributes:
-        function: Called as `function(prompts, completions, **columns)`; one number a response.
-        name: What its author calls it.
-        tokenizer: The policy's; it decodes the completions, without special tokens.
-
-    Raises:
-        ValueError: If it is no function, or cannot be called with the columns that it is given.
-    """
-
-    def __init__(
-        self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, columns: Iterable[str] | None = None
-    ) -> None:
-        if not callable(function):
-            raise ValueError(f"the reward is {function!r}; give a model, a path to one, or one function (not a list)")
-        self.function, self.name = function, name_of(function)
-        self.tokenizer = tokenizer
-        if columns is not None:
-            _check_call(function, list(columns))
-
-    def __call__(self, prompts: Prompts, responses: Responses, needs: Needs = NOTHING) -> Scores:
-        """Score B responses.
-
-        Raises:
-            ValueError: If more than scores is wanted, or the function returns another count or a number that is not
-                finite.
-        """
-        if needs.names:
-            wanted = " and ".join(needs.names)
-            raise ValueError(f"the redistribution needs {wanted} of a reward model; {self.name} is a function")
-        texts, name = decode(self.tokenizer, prompts, responses), self.name
-        answer = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
-        if len(answer) != len(texts):
-            raise ValueError(f"{name} returned {len(answer)} scores for {len(texts)} responses")
-        scores = torch.tensor([_number(score, row, name) for row, score in enumerate(answer)])
-        return Scores(scores=checked(scores, name).to(responses.response_ids.device))
 
 
 class RewardModel:
@@ -119,8 +75,14 @@ class RewardModel:
         """Refuse what the model cannot supply, before it runs.
 
         Raises:
-            ValueError: If it has no attention layer, or head, of a number; with those that it has.
+            ValueError: If it has no attention layer, or head, of a number, with those that it has; or lines of errors
+                are wanted.
         """
+        if needs.error_tokens:
+            raise ValueError(
+                "the redistribution needs the lines of errors, which a reward model does not report; give "
+                "a reward that does, such as ProgramTests"
+            )
         if needs.attention is not None:
             check_request(self.model, needs.attention)
 
@@ -257,27 +219,6 @@ def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:
         value = float(scores[bad[0]])
         raise ValueError(f"{source} returned {value} for response {bad[0]} ({len(bad)} such of {len(scores)}); mend it")
     return scores
-
-
-def _number(score: Any, row: int, source: str) -> float:
-    """Read one score, which may be a tensor of one element."""
-    try:
-        return float(score)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} returned {score!r} for response {row}; return a number for each") from error
-
-
-def _check_call(function: RewardFunction, columns: list[str]) -> None:
-    """Refuse a function that the columns of the data do not fit, before anything is sampled for it."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # not written in Python: it is not known what it takes
-    try:
-        signature.bind(prompts=None, completions=None, **dict.fromkeys(columns))
-    except TypeError as error:
-        given = ", ".join(("prompts", "completions", *columns))
-        raise ValueError(f"{name_of(function)} is called with {given}: {error}; add the column, or take **_") from error
 
 
 def _check_template(template: Template) -> None:

@@ -7,6 +7,7 @@ error says why. `UnsafeSubprocess` is for who asks for it by name.
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -18,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from apportion.score.boxed.frames import Broken, read_frame, write_frame
-from apportion.score.seccomp import filter_program
+from apportion.score.seccomp import SandboxError, filter_program
 
 BOXED = Path(__file__).parent / "boxed"
 START = "import sys; sys.path.append({!r}); from boxed.runner import main; main()"
@@ -32,8 +33,14 @@ ROOM = 5.0
 """Seconds that a box may take beyond its tests before it is killed from outside."""
 
 
-class SandboxError(RuntimeError):
-    """A box cannot be made, or broke; says nothing of the program."""
+Promise = Literal[
+    "verdict", "time", "memory", "output", "calls", "processes", "disk", "files", "network", "signals", "end"
+]
+"""What a backend may promise. `verdict`: it is formed outside of the program's process; `calls`: system calls are
+filtered; `files`: those of the user, and the environment, are neither read nor written; `signals`: none reaches a
+process of others; `end`: no process is left at the end. The others are `Limits`, and that nobody is reached."""
+
+PROMISES: frozenset[Promise] = frozenset(get_args(Promise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,10 @@ class Backend(Protocol):
         """User that a program becomes; None to stay."""
         ...
 
+    def promises(self) -> frozenset[Promise]:
+        """What holds for its boxes; tests/score/test_conformance.py and `apportion sandbox check` try each."""
+        return PROMISES
+
 
 @dataclass(frozen=True)
 class Bubblewrap(Backend):
@@ -90,7 +101,7 @@ class Bubblewrap(Backend):
     """
 
     packages: bool = True
-    as_root: bool = field(default_factory=lambda: os.geteuid() == 0)
+    as_root: bool = field(default_factory=lambda: _is_root())
 
     @property
     def program(self) -> str:
@@ -142,6 +153,16 @@ class Bubblewrap(Backend):
         """As root another user for each box, for a limit of processes counts all of a user's."""
         return random.SystemRandom().randrange(200_000, 2**31 - 2) if self.as_root else None
 
+    def promises(self) -> frozenset[Promise]:
+        """All, but where root makes boxes as others do: Linux limits the processes of every user but root."""
+        return PROMISES if self.as_root or not _is_root() else PROMISES - {"processes"}
+
+
+def _is_root() -> bool:
+    """Tell root of the machine, or of a container of its own, from who is called so in a user namespace."""
+    every_user = ["0", "0", str(2**32 - 1)]
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == every_user
+
 
 RIGHTS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL")
 """What the first process of a box needs as root, to give up being root for the program."""
@@ -168,6 +189,10 @@ class UnsafeSubprocess(Backend):
     def user(self) -> int | None:
         """Stay."""
         return None
+
+    def promises(self) -> frozenset[Promise]:
+        """What needs no box; a program that is after more than its reward gets around these too, by files."""
+        return frozenset({"verdict", "time", "memory", "output", "calls", "network"})
 
 
 BackendName = Literal["bubblewrap", "unsafe-subprocess"]
@@ -253,7 +278,10 @@ class Sandbox:
         """Send a job, and read what comes of it."""
         assert process.stdin is not None
         assert process.stdout is not None
-        head = {"mode": job.mode, "program": job.program, "prelude": job.prelude, "limits": asdict(self.limits)}
+        limits: dict[str, Any] = asdict(self.limits)
+        if "processes" not in self.backend.promises():
+            limits["processes"] = None  # which would count all of this user's, those outside included
+        head = {"mode": job.mode, "program": job.program, "prelude": job.prelude, "limits": limits}
         head |= {"bpf": filter_program().hex(), "user": self.backend.user()}
         body = {"tests": list(job.tests), "setup": job.setup, "function": job.function}
         for part in (head, body):
@@ -298,15 +326,25 @@ def _received(file: int, patience: float) -> Iterator[dict[str, Any]]:
                 raise
             return
         first = False
+        if message["end"] == "broken":
+            raise Broken(message["message"])
         yield message
+
+
+REMEDIES = (
+    ("could not be confined", "leave as_root of Bubblewrap to its default, for this takes all the rights of root"),
+    ("Unknown option", "this bubblewrap is too old: version 0.8 or later is needed (Debian 12, Ubuntu 24.04)"),
+    (
+        "namespace|Operation not permitted|uid map",
+        "bubblewrap may not make namespaces here: load its AppArmor profile (Ubuntu 24.04: apt-get install "
+        "apparmor-profiles), set sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces above 0, or in "
+        "a container allow it to make them (docker run --security-opt seccomp=unconfined, or --privileged)",
+    ),
+)
+"""What to do where bubblewrap cannot work, by what was said of it."""
 
 
 def _explained(said: str) -> str:
     """Say what to do where bubblewrap cannot work."""
-    if "user namespace" in said or "Operation not permitted" in said or "new namespace" in said:
-        said += (
-            "; bubblewrap may not make namespaces here: load its AppArmor profile (Ubuntu 24.04: apt-get install "
-            "apparmor-profiles), set sysctl kernel.unprivileged_userns_clone=1, or in a container allow it to make "
-            "them (docker run --security-opt seccomp=unconfined, or --privileged)"
-        )
-    return f"no box could be made: {said}"
+    remedies = (f"; {remedy}" for words, remedy in REMEDIES if re.search(words, said))
+    return f"no box could be made: {said}{next(remedies, '')}"

@@ -29,17 +29,21 @@ REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 AF_UNIX = 1
 
 
+class SandboxError(RuntimeError):
+    """A box cannot be made, or broke; says nothing of the program."""
+
+
 @cache
 def filter_program() -> bytes:
     """Make the filter, as the kernel takes it.
 
     Raises:
-        RuntimeError: If pyseccomp or libseccomp is not there.
+        SandboxError: If pyseccomp or libseccomp is not there.
     """
     try:
         from pyseccomp import ALLOW, EQ, ERRNO, KILL_PROCESS, MASKED_EQ, Arg, Attr, SyscallFilter
     except (ImportError, RuntimeError, OSError) as error:
-        raise RuntimeError(
+        raise SandboxError(
             f"the sandbox needs a filter of system calls, and pyseccomp cannot be loaded ({error}); "
             "pip install 'apportion[programs]', and apt-get install libseccomp2"
         ) from error

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from apportion.batch import ResponseTexts, Rollout
@@ -24,15 +26,37 @@ def with_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Rollout:
     Returns:
         The same rollout with its `text`.
     """
+    rows = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
+    return replace(rollout, text=response_texts(tokenizer, *rows))
+
+
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    response_ids: Int[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+) -> ResponseTexts:
+    """Read responses behind their prompts; see `with_text`.
+
+    Args:
+        tokenizer: The policy's.
+        prompt_ids: (B, P) int64.
+        prompt_mask: (B, P) bool.
+        response_ids: (B, T) int64.
+        response_mask: (B, T) bool.
+
+    Returns:
+        B texts, with the characters of their tokens.
+    """
     special = special_ids(tokenizer)
-    prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    sampled = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
+    sampled = [ids[mask].tolist() for ids, mask in zip(response_ids, response_mask, strict=True)]
     read = [_response(tokenizer, special, *row) for row in zip(prompts, sampled, strict=True)]
-    spans = torch.zeros(*rollout.response_ids.shape, 2, dtype=torch.long)
+    spans = torch.zeros(*response_ids.shape, 2, dtype=torch.long)
     found = [span for _, row in read for span in row]
-    spans[rollout.response_mask.cpu()] = torch.tensor(found, dtype=torch.long).view(-1, 2)
-    texts = tuple(text for text, _ in read)
-    return replace(rollout, text=ResponseTexts(texts=texts, spans=spans.to(rollout.response_ids.device)))
+    spans[response_mask.cpu()] = torch.tensor(found, dtype=torch.long).view(-1, 2)
+    return ResponseTexts(texts=tuple(text for text, _ in read), spans=spans.to(response_ids.device))
 
 
 def _response(

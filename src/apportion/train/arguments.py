@@ -8,12 +8,13 @@ import yaml
 
 from apportion.credit.assign import CreditConfig
 from apportion.credit.delimiter import Delimiter
+from apportion.credit.error_line import ErrorLine
 from apportion.parsing.conditions import CodeParse, ConstituencyParse
 from apportion.parsing.parsers import Benepar, Stanza
 from apportion.sampling import Sampling
 from apportion.update.config import PPOConfig
 
-KNOWN = (Delimiter, ConstituencyParse, CodeParse, Stanza, Benepar)
+KNOWN = (Delimiter, ErrorLine, ConstituencyParse, CodeParse, Stanza, Benepar)
 """What the command line knows by a short name besides the classes that `CreditConfig` names: it has to be imported."""
 
 SCHEDULES = (
@@ -199,7 +200,7 @@ def _plain(value: Any, *, top: bool = False) -> Any:
     if is_dataclass(value):
         content = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig", "Weighted")
+        is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig", "Weighted", "Limits")
         return content if is_group else {"class_path": path, "init_args": content}
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from apportion.batch import Prompts
 from apportion.data.prompts import PromptSet
-from apportion.score.reward_model import FunctionReward, decode, name_of
+from apportion.score.function_reward import FunctionReward
+from apportion.score.reward_model import decode, name_of
 from apportion.streams import generator
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Evaluation:
         """Evaluate the policy as it stands.
 
         Returns:
-            Metrics under `eval/`, means over all held-out prompts.
+            Metrics under `eval/`, means over all held-out prompts; of what a reward function says besides, means of
+            what it says of every response as a float.
         """
         args, accelerator = self.trainer.args, self.trainer.accelerator
         size = args.eval_batch_size or args.batch_size
@@ -55,7 +57,7 @@ class Evaluation:
         if accelerator.num_processes > 1:
             rows = gather_object(rows)
         rows.sort(key=lambda row: row["index"])
-        names = [name for name in rows[0] if name not in ("index", "prompt", "response")]
+        names = [name for name in rows[0] if all(isinstance(row.get(name), float) for row in rows)]
         means = {f"eval/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
         self.samples = [
             {name: value for name, value in row.items() if name != "index"} for row in rows[: args.num_logged_samples]
@@ -79,25 +81,31 @@ class Evaluation:
             "length": rollout.lengths.float(),
         }
         columns |= {name_of(reward.function): reward(prompts, responses).scores for reward in self.rewards}
-        rows = measured_rows(prompts, decode(trainer.tokenizer, prompts, responses), columns)
+        texts, details = decode(trainer.tokenizer, prompts, responses), None
+        if isinstance(trainer.reward, FunctionReward):
+            details = trainer.reward.details(prompts, texts)
+        rows = measured_rows(prompts, texts, columns, details)
         return [{"index": index} | row for index, row in zip(indices, rows, strict=True)]
 
 
-def measured_rows(prompts: Prompts, texts: list[str], columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+def measured_rows(
+    prompts: Prompts, texts: list[str], columns: dict[str, Tensor], details: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """Put each response beside its prompt and what was measured of it.
 
     Args:
         prompts: B prompts.
         texts: Their responses.
         columns: Measurements by name, (B) each.
+        details: What else is known of each response; a measurement of the same name stands in its place.
 
     Returns:
-        B records with `prompt`, `response` and the measurements.
+        B records with `prompt`, `response`, the measurements and the details.
     """
     numbers = {name: values.tolist() for name, values in columns.items()}
     return [
-        {"prompt": prompt, "response": text} | {name: values[row] for name, values in numbers.items()}
-        for row, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True))
+        more | {"prompt": prompt, "response": text} | {name: values[row] for name, values in numbers.items()}
+        for row, (prompt, text, more) in enumerate(zip(prompts.texts, texts, details or [{}] * len(texts), strict=True))
     ]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from apportion.data.prompts import PromptSet
-from apportion.score.reward_model import FunctionReward, Reward, RewardModel, name_of
+from apportion.score.function_reward import FunctionReward, ScoringFunction
+from apportion.score.reward_model import Reward, RewardModel, name_of
 
 SAMPLED = 64
 """Numbers of each parameter that are looked at, evenly spread."""
@@ -34,7 +35,8 @@ def prints_of(
     if eval_prompts is not None:
         found["eval_dataset"] = _of_prompts(eval_prompts)
     if isinstance(reward, FunctionReward):
-        found["reward_model"] = reward.name
+        is_setting = isinstance(reward.function, ScoringFunction)
+        found["reward_model"] = repr(reward.function) if is_setting else reward.name
     elif isinstance(reward, RewardModel):
         found["reward_model"] = _of_parameters(reward.model.named_parameters())
         found["reward_template"] = "" if reward.template is None else name_of(reward.template)

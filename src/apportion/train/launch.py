@@ -13,12 +13,17 @@ from transformers.utils.hub import cached_file
 from apportion.data.files import Files, Source
 from apportion.data.imdb import ImdbPairs, ImdbReviews
 from apportion.models import check_policy, check_reward_model, refuse_pickles
+from apportion.score.function_reward import RewardFunction, ScoringFunction
+from apportion.score.program_tests import ProgramTests
 from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.learner import tokenizer_of
 from apportion.train.run import check_run_folder
 
 SOURCES: tuple[type[Source], ...] = (Files, ImdbPairs, ImdbReviews)
 """What `data` knows by a short name; sources of your own are chosen by their dotted path."""
+
+SCORING: tuple[type[ScoringFunction], ...] = (ProgramTests,)
+"""What `reward_function` knows by a short name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,8 @@ class PPORecipe(PPOArguments):
     Attributes:
         model: The policy to be trained: a folder or a hub name.
         reward_model: A sequence classifier with one label: a folder or a hub name. Give this or `reward_function`.
-        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`.
+        reward_function: Dotted path of a function `(prompts, completions, **columns) -> list[float]`; or one with
+            settings by its name, such as `ProgramTests`.
         reward_template: Dotted path of a function from prompt and response to the text that the reward model reads.
         ref_model: What the policy is held to; by default the policy as it begins.
         value_model: What the critic starts from; by default the reward model, or the policy where that cannot be.
@@ -67,7 +73,7 @@ class PPORecipe(PPOArguments):
 
     model: str
     reward_model: str | None = None
-    reward_function: str | None = None
+    reward_function: ScoringFunction | str | None = None
     reward_template: str | None = None
     ref_model: str | None = None
     value_model: str | None = None
@@ -103,7 +109,7 @@ def ppo(recipe: PPORecipe, config_text: str | None = None) -> None:
         check_policy(path)
     if recipe.reward_model is not None:
         check_reward_model(recipe.reward_model)
-    reward = recipe.reward_model if recipe.reward_function is None else named(recipe.reward_function)
+    reward = recipe.reward_model if recipe.reward_function is None else function_of(recipe.reward_function)
     template = None if recipe.reward_template is None else named(recipe.reward_template)
     eval_rewards = [named(path) for path in recipe.eval_functions]
     tokenizer = tokenizer_of(recipe.model)
@@ -196,6 +202,23 @@ def named(path: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise ValueError(f"{path} is not a function; give a dotted path such as my_module.my_function")
+    return found
+
+
+def function_of(given: ScoringFunction | str) -> RewardFunction:
+    """Take a reward function as a recipe names it.
+
+    Args:
+        given: The function with its settings, or a dotted path.
+
+    Raises:
+        ValueError: If there is no function of this path.
+    """
+    if isinstance(given, ScoringFunction):
+        return given
+    found = named(given)
+    if isinstance(found, type):
+        raise ValueError(f"{given} is a class; derive it from ScoringFunction and give its settings, or a function")
     return found
 
 

@@ -16,7 +16,8 @@ from apportion.data.prompts import encode_prompts, indices_of
 from apportion.models import check_reward_model, load_policy, load_scorer
 from apportion.rollout import Responses, complete, sample
 from apportion.score.attention import check_request
-from apportion.score.reward_model import FunctionReward, Reward, RewardFunction, RewardModel, same_vocabulary
+from apportion.score.function_reward import FunctionReward, RewardFunction
+from apportion.score.reward_model import Reward, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, check_shares, to_yaml
 from apportion.train.callbacks import Callbacks
@@ -238,11 +239,9 @@ class PPOTrainer:
         """Make a reward of what the user gave, and refuse a function where more than scores is needed."""
         needs = needs_of(self.args.credit.redistribution).of_reward
         if not isinstance(reward, str | nn.Module):
-            if needs.names:
-                kind = type(self.args.credit.redistribution).__name__
-                wanted = " and ".join(needs.names)
-                raise ValueError(f"{kind} needs {wanted}, which a reward function has not; give a reward model")
-            return FunctionReward(reward, self.tokenizer, self.prompts.columns)
+            function = FunctionReward(reward, self.tokenizer, self.prompts.columns)
+            function.check(needs)
+            return function
         if isinstance(reward, str):
             check_reward_model(reward)
         model = load_scorer(reward) if isinstance(reward, str) else reward

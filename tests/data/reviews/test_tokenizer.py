@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apportion.data.reviews.grammar import Mood, continuation, opening
-from apportion.data.reviews.tokenizer import small_llama, word_tokenizer
+from apportion.data.reviews.tokenizer import word_tokenizer
+from apportion.data.small_models import small_llama
 
 
 def texts(count: int) -> list[str]:

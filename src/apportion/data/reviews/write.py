@@ -1,18 +1,19 @@
 """Everything that a run of the task `reviews` reads, in one folder."""
 
-import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 
+from apportion.data.files import write_jsonl
 from apportion.data.reviews import grammar
 from apportion.data.reviews.grammar import Mood
 from apportion.data.reviews.oracle import oracle
-from apportion.data.reviews.tokenizer import EOS, small_llama, word_tokenizer
+from apportion.data.reviews.tokenizer import word_tokenizer
+from apportion.data.small_models import EOS, small_llama
 
 MOST_CLAUSE_WORDS = 12
 """Shorter texts may have no room for an opinion."""
@@ -136,13 +137,5 @@ def write_reviews(folder: str | Path, config: ReviewsData | None = None) -> Path
     tokenizer.save_pretrained(folder / "base")
     small_llama(tokenizer, seed=config.seed).save_pretrained(folder / "base")
     for name, rows in config.datasets().items():
-        _write_jsonl(folder / f"{name}.jsonl", rows)
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
-
-
-def _write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Write rows under another name first: a file of this name is whole."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    temporary.replace(path)

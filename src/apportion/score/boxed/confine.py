@@ -26,7 +26,7 @@ def confine(files: list[int], user: int | None, limits: Mapping[str, Any], bpf: 
     Args:
         files: Descriptors that become 0, 1, 2, ...; all others are closed.
         user: User and group to become; None to stay.
-        limits: Fields of `Limits`.
+        limits: Fields of `Limits`; `processes` may be None.
         bpf: The filter of system calls.
     """
     os.setsid()
@@ -61,7 +61,8 @@ def _limit(limits: Mapping[str, Any]) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
     ):
-        resource.setrlimit(kind, (value, value))
+        if value is not None:
+            resource.setrlimit(kind, (value, value))
 
 
 def _prctl(option: int, *values: int) -> None:

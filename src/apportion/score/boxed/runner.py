@@ -23,7 +23,10 @@ STDERR_KEPT = 4096
 GRACE = 0.3
 """Seconds that a process which has closed its pipe has to end."""
 
-FINAL = ("error", "timeout", "compile_error")
+NOT_BEGUN = 70
+"""Exit status of a process that could not be confined, in which nothing of the program has run."""
+
+FINAL = ("error", "timeout", "compile_error", "broken")
 """After one of these no further test is run."""
 
 
@@ -46,7 +49,7 @@ class Child:
                 work([*given.values(), *(write for _, write in ends.values())])
             except BaseException:
                 traceback.print_exc()
-            os._exit(70)
+            os._exit(NOT_BEGUN)
         for file in (*given.values(), *(write for _, write in ends.values())):
             os.close(file)
         self.names = {read: name for name, (read, _) in ends.items()}
@@ -146,7 +149,7 @@ class Runner:
         """Where the program is gone, say how."""
         if isinstance(frame, dict) and not frame.get("died"):
             return frame
-        if isinstance(frame, dict):
+        if isinstance(frame, dict) or frame == "exit":  # the end of the pipe is seen before that of the process
             self._wait([program], time.monotonic() - self.limits["wall_seconds"] + GRACE)
         told = self._told(program, frame if isinstance(frame, str) else "exit")
         if told["end"] in ("exit", "stopped"):
@@ -192,7 +195,12 @@ class Runner:
         """Say how a program ended."""
         status = bytes(child.outputs["status"])
         told: dict[str, Any] = {"stderr": child.outputs["stderr"].decode("utf-8", "replace")}
-        if not status.startswith(solver.COMPILED) and end == "exit":
+        if not status and child.end is not None and child.end["code"] == NOT_BEGUN:
+            why = told["stderr"].strip().rpartition("\n")[2]
+            told |= {"end": "broken", "message": f"a program could not be confined: {why}"}
+        elif not status and child.end is None and end == "exit":
+            told |= {"end": "stopped"}
+        elif not status.startswith(solver.COMPILED) and end == "exit":
             line, _, message = status.decode("utf-8", "replace").partition(" ")
             told |= {"end": "compile_error", "line": int(line or 0), "message": message or "the compiler died"}
         elif end != "exit":
