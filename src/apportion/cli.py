@@ -90,6 +90,13 @@ COMMANDS = {
         function="control",
         positional="names",
     ),
+    "sandbox": Command(
+        help="see what holds on this machine for programs that a policy wrote: apportion sandbox check",
+        module="apportion.score.sandbox_check",
+        settings="SandboxCheck",
+        function="check",
+        positional="action",
+    ),
     "recipes": Command(
         help="list the recipes that --config knows by name, or show one",
         module="apportion.recipes",
