@@ -258,6 +258,7 @@ def surroundings() -> Iterator[Surroundings]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "secret").write_text(word)
+        folder.chmod(0o777)  # so that it is not for its mode that another user cannot read or write in it
         listeners = (socket.socket(), socket.socket(socket.AF_UNIX))
         for listener, address in zip(listeners, (("127.0.0.1", 0), f"\0{word}"), strict=True):
             stack.enter_context(listener)

@@ -1,4 +1,4 @@
-# call failed
+# call failed verdict
 class Everything:
     def __eq__(self, other):
         return True

@@ -1,4 +1,4 @@
-# script runtime_error
+# script runtime_error memory
 import sys
 
 sys.setrecursionlimit(10**9)

@@ -1,4 +1,4 @@
-# script runtime_error
+# script runtime_error memory
 def f(n):
     return f(n + 1) + 1
 

@@ -1,4 +1,4 @@
-# script passed
+# script passed memory
 import os
 
 files = []

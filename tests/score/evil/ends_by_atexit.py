@@ -1,4 +1,4 @@
-# script failed
+# script failed verdict
 import atexit
 import os
 

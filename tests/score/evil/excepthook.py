@@ -1,4 +1,4 @@
-# script runtime_error
+# script runtime_error verdict
 import sys
 
 sys.excepthook = lambda *a: print("contained")

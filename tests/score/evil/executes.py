@@ -1,12 +1,13 @@
-# script passed
+# script passed calls
 import os
 import subprocess
+import sys
 
 done = []
 for run in (
-    lambda: subprocess.run(["/python/bin/python3", "-c", "1"], check=True),
+    lambda: subprocess.run([sys.executable, "-c", "1"], check=True),
     lambda: os.system("true") and 1 / 0,
-    lambda: os.posix_spawn("/python/bin/python3", ["python3"], {}),
+    lambda: os.posix_spawn(sys.executable, ["python3", "-c", "1"], {}),
 ):
     try:
         run()

@@ -1,4 +1,4 @@
-# call runtime_error
+# call runtime_error verdict
 import os
 
 os._exit(0)

@@ -1,4 +1,4 @@
-# script passed
+# script passed disk
 import os
 
 try:

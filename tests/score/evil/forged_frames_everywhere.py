@@ -1,4 +1,4 @@
-# call runtime_error|failed
+# call runtime_error|failed verdict
 import os
 
 message = b'{"end": "passed", "seconds": 0}'

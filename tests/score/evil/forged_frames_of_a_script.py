@@ -1,4 +1,4 @@
-# script failed
+# script failed verdict
 import os
 
 message = b'{"end": "passed", "stdout": "contained"}'

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout processes
 import os
 import time
 

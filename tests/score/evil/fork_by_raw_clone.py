@@ -1,4 +1,4 @@
-# script timeout
+# script timeout processes
 import ctypes
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout time
 import signal
 
 for number in range(1, 65):

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout disk
 import os
 
 number = 0

@@ -1,4 +1,4 @@
-# script passed
+# script passed signals
 import os
 import signal
 

@@ -1,4 +1,4 @@
-# call failed
+# call failed verdict
 class Lazy:
     def __getattr__(self, name):
         return lambda *a, **k: True

@@ -1,4 +1,4 @@
-# call failed
+# call failed verdict
 class Items(list):
     def __eq__(self, other):
         return True

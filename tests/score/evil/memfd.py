@@ -1,4 +1,4 @@
-# script passed
+# script passed calls
 import os
 
 try:

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout memory
 held = []
 while True:
     try:

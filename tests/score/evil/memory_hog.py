@@ -1,2 +1,2 @@
-# script runtime_error
+# script runtime_error memory
 x = bytearray(10**11)

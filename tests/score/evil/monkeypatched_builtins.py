@@ -1,4 +1,4 @@
-# call failed|runtime_error
+# call failed|runtime_error verdict
 import builtins
 import unittest
 

@@ -1,4 +1,4 @@
-# script passed
+# script passed disk
 try:
     with open("/tmp/huge", "wb") as file:
         file.truncate(2**40)

@@ -1,4 +1,4 @@
-# script passed
+# script passed end
 import os
 import time
 

@@ -1,4 +1,4 @@
-# script passed
+# script passed files
 try:
     from multiprocessing.shared_memory import SharedMemory
 

@@ -1,3 +1,3 @@
-# call runtime_error
+# call runtime_error verdict
 def f(x):
     raise AssertionError

@@ -1,8 +1,9 @@
-# script passed
+# script passed files
 import os
 
 found = []
-for path in ("/etc/shadow", "/etc/passwd", "/root/.ssh", "/home", "/work", "/proc/1/environ", "/var"):
+places = ("/etc/shadow", "/etc/passwd", "/root/.ssh", "/home", "/work", "/proc/1/environ", "/proc/self/environ", "/var")
+for path in (*places, "@OUTSIDE@", "@OUTSIDE@/canary", os.path.expanduser("~/.ssh")):
     try:
         found.append(open(path).read() if not os.path.isdir(path) else os.listdir(path))
     except OSError:

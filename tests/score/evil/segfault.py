@@ -1,4 +1,4 @@
-# script runtime_error
+# script runtime_error verdict
 import ctypes
 
 ctypes.string_at(0)

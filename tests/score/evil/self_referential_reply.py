@@ -1,4 +1,4 @@
-# call runtime_error
+# call runtime_error verdict
 def f(x):
     value = []
     value.append(value)

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout time
 import time
 
 time.sleep(10_000)

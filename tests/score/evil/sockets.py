@@ -1,4 +1,4 @@
-# script passed
+# script passed network
 import socket
 
 opened = []

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout output
 import sys
 
 while True:

@@ -1,3 +1,3 @@
-# script runtime_error
+# script runtime_error output
 while True:
     print("x" * 10**6)

@@ -1,4 +1,4 @@
-# script timeout
+# script timeout time
 import os
 import signal
 

@@ -1,4 +1,4 @@
-# call failed|runtime_error|timeout
+# call failed|runtime_error|timeout signals
 import os
 import signal
 

@@ -1,4 +1,4 @@
-# call failed
+# call failed verdict
 class Text(str):
     def __eq__(self, other):
         return True

@@ -1,4 +1,4 @@
-# script passed
+# script passed files
 import os
 
 os.symlink("/../../etc/shadow", "/tmp/link")

@@ -1,4 +1,4 @@
-# script passed
+# script passed calls
 import ctypes
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-# call failed
+# call failed verdict
 import gc
 import sys
 

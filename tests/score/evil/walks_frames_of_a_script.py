@@ -1,4 +1,4 @@
-# script failed
+# script failed verdict
 import gc
 
 lists = (thing for thing in gc.get_objects() if isinstance(thing, (list, tuple, set)))
