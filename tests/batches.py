@@ -13,6 +13,7 @@ from apportion import (
     Attention,
     Credit,
     CreditConfig,
+    ErrorLine,
     Mixture,
     PolicyAttention,
     PrefixDifference,
@@ -88,12 +89,14 @@ def random_scores(mask: Tensor, seed: int = 0) -> Scores:
     attention = torch.rand(mask.shape, generator=generator)
     prefix = torch.randn(len(mask), mask.shape[1] + 1, generator=generator)
     policy_attention = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed + 1))
+    blamed = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed + 2))
     read = torch.cat([torch.ones_like(mask[:, :1]), mask], 1) if mask.shape[1] else mask.new_ones(len(mask), 1)
     return Scores(
         scores=3 * torch.randn(len(mask), generator=generator),
         attention=attention.masked_fill(~mask, torch.nan),
         policy_attention=policy_attention.masked_fill(~mask, torch.nan),
         prefix_scores=prefix.masked_fill(~read, torch.nan),
+        error_tokens=((blamed < 0.3) & (torch.arange(len(mask))[:, None] % 3 > 0)) | ~mask,
     )
 
 
@@ -118,6 +121,7 @@ def padded_scores(scores: Scores, *, left: int = 0, right: int = 0) -> Scores:
     assert scores.attention is not None
     assert scores.policy_attention is not None
     assert scores.prefix_scores is not None
+    assert scores.error_tokens is not None
     prompt, rest = scores.prefix_scores[:, :1], scores.prefix_scores[:, 1:]
     widen = torch.nn.functional.pad
     return Scores(
@@ -125,6 +129,7 @@ def padded_scores(scores: Scores, *, left: int = 0, right: int = 0) -> Scores:
         attention=widen(scores.attention, (left, right), value=torch.nan),
         policy_attention=widen(scores.policy_attention, (left, right), value=torch.nan),
         prefix_scores=torch.cat([prompt, widen(rest, (left, right), value=torch.nan)], 1),
+        error_tokens=widen(scores.error_tokens, (left, right), value=True),
     )
 
 
@@ -155,6 +160,7 @@ def reference_row(rollout: Rollout, scores: Scores, row: int) -> reference.Row:
     assert scores.attention is not None
     assert scores.policy_attention is not None
     assert scores.prefix_scores is not None
+    assert scores.error_tokens is not None
     mask = rollout.response_mask
     return reference.Row(
         old_logprobs=valid(rollout.old_logprobs, mask, row),
@@ -164,6 +170,7 @@ def reference_row(rollout: Rollout, scores: Scores, row: int) -> reference.Row:
         attention=valid(scores.attention, mask, row),
         policy_attention=valid(scores.policy_attention, mask, row),
         prefix_scores=[float(scores.prefix_scores[row, 0]), *valid(scores.prefix_scores[:, 1:], mask, row)],
+        error_tokens=scores.error_tokens[row][mask[row]].tolist(),
     )
 
 
@@ -177,6 +184,7 @@ def for_reference(redistribution: Redistribution | Callable) -> tuple:
         Attention: "attention",
         PolicyAttention: "policy",
         PrefixDifference: "prefix",
+        ErrorLine: "error",
     }
     return (names[type(redistribution)], *vars(redistribution).values())
 

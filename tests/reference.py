@@ -21,6 +21,7 @@ class Row:
     attention: list[float]
     policy_attention: list[float]
     prefix_scores: list[float]
+    error_tokens: list[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,8 @@ def redistribute(row: Row, options: Options, steps: list[int]) -> list[float]:
     beta = arguments[0]
     if name == "uniform":
         alpha = [1.0 / max(len(steps), 1)] * len(steps)
+    elif name == "error":
+        alpha = normalised([float(blamed) for blamed in row.error_tokens])
     elif name == "policy":
         shifted = [0.0, *row.policy_attention[:-1]][: len(steps)]
         alpha = normalised(shifted if arguments[2] else row.policy_attention)

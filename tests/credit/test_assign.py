@@ -16,6 +16,7 @@ from apportion import (
     Attention,
     Credit,
     CreditConfig,
+    ErrorLine,
     EveryToken,
     FixedNgram,
     Mixture,
@@ -67,6 +68,7 @@ REDISTRIBUTIONS: tuple[Redistribution, ...] = (
     PrefixDifference(),
     PrefixDifference(beta=0.6, from_prompt=False),
     PolicyAttention(legacy_shift=True),
+    ErrorLine(beta=0.7),
     Mixture.of({Attention(beta=0.5): 0.25, PolicyAttention(): 0.25, PrefixDifference(): 0.5}),
 )
 ADVANTAGES = (GAE(), GAE(gamma=0.9, lam=0.8), GAE(gamma=0.97, lam=0.9, per="token"), GAE(lam=0.0, per="token"))

@@ -20,6 +20,7 @@ from apportion import (
     Attention,
     CreditConfig,
     DrGRPO,
+    ErrorLine,
     EveryToken,
     FixedNgram,
     LowProbability,
@@ -61,7 +62,7 @@ REDISTRIBUTIONS = (Terminal(), Uniform(beta=0.7), Attention(beta=0.8), PrefixDif
 # Of these tests/reference.py has no loops, or has them in tests of their own.
 FURTHER_TERMINATIONS = (RandomizedNgram(), Perplexity("segment"), LowProbability(), ShuffledBoundaries(Perplexity()))
 MIXED = Mixture.of({Attention(): 0.7, Uniform(): 0.3})
-FURTHER_REDISTRIBUTIONS = (PolicyAttention(beta=0.8), MIXED, Shuffled(Attention()))
+FURTHER_REDISTRIBUTIONS = (PolicyAttention(beta=0.8), MIXED, Shuffled(Attention()), ErrorLine(beta=0.8))
 BY_GROUP = ReinforcePlusPlus(group_size=2)
 GROUPS: tuple[AdvantageEstimator, ...] = (
     RLOO(2),

@@ -13,6 +13,7 @@ from apportion import (
     Attention,
     CreditConfig,
     Entropy,
+    ErrorLine,
     EveryToken,
     FixedNgram,
     LowProbability,
@@ -44,7 +45,7 @@ TERMINATIONS = (
     WholeResponse(),
 )
 REDISTRIBUTIONS = (
-    *(Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention())),
+    *(Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention()), ErrorLine()),
     *(PolicyAttention(legacy_shift=True), Mixture.of({Attention(): 0.5, Uniform(): 0.5})),
 )
 CONFIGS = [
@@ -94,7 +95,7 @@ def operations(config: CreditConfig, rows: int, tokens: int, *, device: str = "c
         entropies=numbers(),
     )
     weights = {"attention": numbers(), "policy_attention": numbers()}
-    scores = Scores(scores=numbers()[:, 0], **weights, prefix_scores=numbers(tokens + 1))
+    scores = Scores(scores=numbers()[:, 0], **weights, prefix_scores=numbers(tokens + 1), error_tokens=mask)
     logprobs, values = numbers().requires_grad_(), numbers().requires_grad_()
     with Counting() as counting:
         credit = assign_credit(rollout, scores, config)

@@ -13,6 +13,7 @@ import reference
 from apportion import (
     Attention,
     AttentionRequest,
+    ErrorLine,
     FixedNgram,
     Mixture,
     Needs,
@@ -49,6 +50,8 @@ KEEPING = (
     PolicyAttention(),
     PolicyAttention(mode="last", legacy_shift=True),
     Mixture.of({Attention(beta=0.3): 0.2, PolicyAttention(): 0.3, PrefixDifference(from_prompt=False): 0.5}),
+    ErrorLine(),
+    ErrorLine(beta=0.3),
     PrefixDifference(from_prompt=False),
     PrefixDifference(beta=0.4, from_prompt=False),
     Shuffled(inner=Attention()),
@@ -300,7 +303,8 @@ def test_a_row_in_a_batch_is_paid_as_alone_and_never_by_nan(
     rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
     if constant:  # all scores alike, all weights alike
         fields = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
-        scores = Scores(**{name: torch.where(x.isnan(), x, 1.0) for name, x in fields.items()})
+        flat = {name: torch.where(x.isnan(), x, 1.0) for name, x in fields.items() if x.is_floating_point()}
+        scores = replace(scores, **flat)
     placed = redistribution(rollout, scores, gamma=0.9)
     assert placed.isfinite().all()
     for b in range(len(mask)):
@@ -313,15 +317,8 @@ def test_a_reward_model_in_bfloat16_is_read_in_float32(redistribution: Redistrib
     """abc.md section 10 row 18: a bf16 reward model failed."""
     mask = mask_of_lengths(9, 4)
     rollout, scores = random_rollout(mask), random_scores(mask)
-    assert scores.attention is not None
-    assert scores.prefix_scores is not None
-    assert scores.policy_attention is not None
-    half = Scores(
-        scores=scores.scores.bfloat16(),
-        attention=scores.attention.bfloat16(),
-        policy_attention=scores.policy_attention.bfloat16(),
-        prefix_scores=scores.prefix_scores.bfloat16(),
-    )
+    fields = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    half = replace(scores, **{name: x.bfloat16() for name, x in fields.items() if x.is_floating_point()})
     placed = redistribution(rollout, half)
     assert placed.dtype == torch.float32
     torch.testing.assert_close(placed, redistribution(rollout, scores), atol=0.05, rtol=0.02)
@@ -339,6 +336,7 @@ def test_needs_name_what_is_read() -> None:
     assert of_policy.policy_attention == AttentionRequest(layer=1, row="last", before_last=True)
     assert of_policy.names == ("policy_attention",)
     assert of_policy.of_reward == Needs()
+    assert ErrorLine().needs.of_reward == Needs(error_tokens=True)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +346,7 @@ def test_needs_name_what_is_read() -> None:
         (Shuffled(inner=Attention()), r"Shuffled needs Scores.attention, which is None"),
         (PrefixDifference(), r"PrefixDifference needs Scores.prefix_scores, which is None"),
         (PolicyAttention(), r"PolicyAttention needs Scores.policy_attention, which is None; read it off the policy"),
+        (ErrorLine(), r"ErrorLine needs Scores.error_tokens, which is None; ask the reward for it"),
         (Mixture.of({Attention(): 1.0}), r"Mixture needs Scores.attention, which is None"),
     ],
     ids=str,

@@ -11,6 +11,7 @@ from torch import Tensor
 from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.advantages import GAE, AdvantageEstimator, Earnings
 from apportion.credit.attention import Attention, PolicyAttention
+from apportion.credit.error_line import ErrorLine
 from apportion.credit.groups import GRPO, RLOO, DrGRPO
 from apportion.credit.macro_actions import Pooling, macro_ids, pooling_weights, sum_over_actions, to_tokens
 from apportion.credit.mixture import Mixture, Shuffled
@@ -34,7 +35,7 @@ ESTIMATORS: tuple[type[AdvantageEstimator], ...] = (GAE, RLOO, GRPO, DrGRPO, Rei
 
 Condition = TerminationCondition | Callable[[Rollout], Tensor]
 REDISTRIBUTIONS: tuple[type[Redistribution], ...] = (
-    *(Terminal, Uniform, Attention, PolicyAttention, PrefixDifference, Shuffled, Mixture),
+    *(Terminal, Uniform, Attention, PolicyAttention, PrefixDifference, ErrorLine, Shuffled, Mixture),
 )
 """What `redistribution` knows by a short name; your own are chosen by their dotted path."""
 

@@ -34,6 +34,8 @@ class Tests:
 
     def __post_init__(self) -> None:
         """Refuse what tests nothing."""
+        for name in ("inputs", "outputs", "checks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.inputs) != len(self.outputs):
             raise ValueError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs are given; give as many")
         if bool(self.checks) == bool(self.inputs):
@@ -68,6 +70,8 @@ class Problem:
     def to_json(self) -> str:
         """Write all but the prompt and the solutions, for a column that a reward reads."""
         content = {name: value for name, value in asdict(self).items() if name not in ("prompt", "solutions")}
+        for name in ("inputs", "outputs"):
+            content["tests"][name] = _packed(content["tests"][name])
         return json.dumps(content)
 
     @classmethod
@@ -78,11 +82,34 @@ class Problem:
             ValueError: If the text is something else.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, object_hook=_unpacked)
             return cls(**content | {"prompt": "", "tests": Tests(**content["tests"])})
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             shown = text if isinstance(text, str) and len(text) < 60 else f"{str(text)[:57]}..."
             raise ValueError(f"{shown!r} is no problem ({error}); give what Problem.to_json writes") from error
+
+
+ITEMS, HEX = "items of a mapping", "integer in base 16"
+LARGE = 2**63
+"""From here on integers are written in base 16: Python refuses to write thousands of decimal digits."""
+
+
+def _packed(value: Any) -> Any:
+    """Turn a value into one that JSON keeps: keys of its mappings may be of any kind, integers of any length."""
+    if isinstance(value, dict):
+        return {ITEMS: [[_packed(key), _packed(item)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_packed(item) for item in value]
+    if isinstance(value, int) and not -LARGE < value < LARGE:
+        return {HEX: hex(value)}
+    return value
+
+
+def _unpacked(content: dict[str, Any]) -> Any:
+    """Undo `_packed`, for each object that JSON has read."""
+    if content.keys() == {ITEMS}:
+        return dict(content[ITEMS])
+    return int(content[HEX], 16) if content.keys() == {HEX} else content
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import yaml
 
 from apportion.credit.assign import CreditConfig
 from apportion.credit.delimiter import Delimiter
-from apportion.credit.error_line import ErrorLine
 from apportion.parsing.conditions import CodeParse, ConstituencyParse
 from apportion.parsing.parsers import Benepar, Stanza
 from apportion.sampling import Sampling
 from apportion.update.config import PPOConfig
 
-KNOWN = (Delimiter, ErrorLine, ConstituencyParse, CodeParse, Stanza, Benepar)
+KNOWN = (Delimiter, ConstituencyParse, CodeParse, Stanza, Benepar)
 """What the command line knows by a short name besides the classes that `CreditConfig` names: it has to be imported."""
 
 SCHEDULES = (

@@ -103,10 +103,11 @@ def measured_rows(
         B records with `prompt`, `response`, the measurements and the details.
     """
     numbers = {name: values.tolist() for name, values in columns.items()}
-    return [
-        more | {"prompt": prompt, "response": text} | {name: values[row] for name, values in numbers.items()}
-        for row, (prompt, text, more) in enumerate(zip(prompts.texts, texts, details or [{}] * len(texts), strict=True))
-    ]
+    records = []
+    for row, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True)):
+        head, more = {"prompt": prompt, "response": text}, {} if details is None else details[row]
+        records.append(head | more | {name: values[row] for name, values in numbers.items()} | head)
+    return records
 
 
 def check_names(functions: Sequence[Callable[..., Any]]) -> None:

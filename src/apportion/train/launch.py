@@ -10,8 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
+from apportion.data.apps import Apps, CodeContests
 from apportion.data.files import Files, Source
+from apportion.data.humaneval import HumanEval
 from apportion.data.imdb import ImdbPairs, ImdbReviews
+from apportion.data.mbpp import Mbpp
 from apportion.models import check_policy, check_reward_model, refuse_pickles
 from apportion.score.function_reward import RewardFunction, ScoringFunction
 from apportion.score.program_tests import ProgramTests
@@ -19,7 +22,7 @@ from apportion.train.arguments import PPOArguments, to_yaml
 from apportion.train.learner import tokenizer_of
 from apportion.train.run import check_run_folder
 
-SOURCES: tuple[type[Source], ...] = (Files, ImdbPairs, ImdbReviews)
+SOURCES: tuple[type[Source], ...] = (Files, ImdbPairs, ImdbReviews, Apps, CodeContests, HumanEval, Mbpp)
 """What `data` knows by a short name; sources of your own are chosen by their dotted path."""
 
 SCORING: tuple[type[ScoringFunction], ...] = (ProgramTests,)
