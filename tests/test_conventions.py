@@ -74,7 +74,7 @@ def imports_from_its_right(name: str, tree: ast.Module) -> Iterator[str]:
     for module in imported(tree):
         root, _, inner = module.partition(".")
         if name.startswith(BOXED) and root in sys.stdlib_module_names | {"apportion"}:
-            continue  # the folder is bound into a box alone: its modules know each other by relative imports
+            continue  # its modules alone are sent into a box: they know each other by relative imports
         if name.startswith(BOXED):
             yield f"{name} imports {module}, which a box does not have"
         layer = inner.split(".")[0]

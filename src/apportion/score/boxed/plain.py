@@ -14,10 +14,10 @@ null, true, 1, 0.5, "text"      themselves
 """
 
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from decimal import Decimal
-from fractions import Fraction
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -40,9 +40,13 @@ RARE: tuple[tuple[Any, Callable[[Any], list]], ...] = (
     (complex, lambda value: ["c", value.real, value.imag]),
     (bytes | bytearray, lambda value: ["b", bytes(value).hex()]),
     (range, lambda value: ["r", value.start, value.stop, value.step]),
-    (Decimal, lambda value: ["D", str(value)]),
-    (Fraction, lambda value: ["F", value.numerator, value.denominator]),
 )
+IMPORTED: tuple[tuple[str, str, Callable[[Any], list]], ...] = (
+    ("decimal", "Decimal", lambda value: ["D", str(value)]),
+    ("fractions", "Fraction", lambda value: ["F", value.numerator, value.denominator]),
+)
+"""Module, type: where a module is not imported, no value is of its type; both take a while to import."""
+
 VIEWS = (type({}.keys()), type({}.values()), type({}.items()), deque)
 
 
@@ -106,7 +110,7 @@ def _encoded(value: Any, number_of: Callable[[Any], int] | None, depth: int) -> 
 
 def _encoded_rare(value: Any, number_of: Callable[[Any], int] | None, inner: Callable[[Any], Any]) -> Any:
     """The same for what programs return rarely."""
-    for kind, write in RARE:
+    for kind, write in (*RARE, *((_imported(*names), write) for *names, write in IMPORTED)):
         if isinstance(value, kind):
             return write(value)
     if isinstance(value, type) and value in TYPES.values():
@@ -123,6 +127,11 @@ def _encoded_rare(value: Any, number_of: Callable[[Any], int] | None, inner: Cal
     if number_of is None:
         raise NotPlain(f"an object of type {type(value).__name__}")
     return ["o", number_of(value)]
+
+
+def _imported(module: str, name: str) -> Any:
+    """Find a type of a module; none where nobody imported that."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def _decoded(value: Any, object_of: Callable[[int], Any] | None, depth: int) -> Any:
@@ -149,8 +158,8 @@ def _decoded(value: Any, object_of: Callable[[int], Any] | None, depth: int) -> 
         "c": complex,
         "b": bytes.fromhex,
         "r": range,
-        "D": Decimal,
-        "F": Fraction,
+        "D": lambda digits: import_module("decimal").Decimal(digits),
+        "F": lambda *parts: import_module("fractions").Fraction(*parts),
         "T": TYPES.__getitem__,
     }
     return rare[tag](*parts)

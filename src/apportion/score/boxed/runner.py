@@ -9,8 +9,8 @@ import json
 import os
 import select
 import signal
+import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +48,7 @@ class Child:
             try:
                 work([*given.values(), *(write for _, write in ends.values())])
             except BaseException:
-                traceback.print_exc()
+                sys.excepthook(*sys.exc_info())
             os._exit(NOT_BEGUN)
         for file in (*given.values(), *(write for _, write in ends.values())):
             os.close(file)

@@ -3,8 +3,6 @@
 import atexit
 import os
 import sys
-import threading
-import traceback
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -13,6 +11,8 @@ from .plain import NotPlain, dumps, loads
 
 NAME = "<program>"
 COMPILED = b"compiled"
+PRINT = sys.excepthook
+"""Python's own; `traceback`, which does the same, takes longer to import than most programs run."""
 
 
 def compiled(source: str, status: int) -> CodeType:
@@ -32,7 +32,6 @@ def fresh_main(prelude: str) -> dict[str, Any]:
     """Make the namespace of a script, with what a task promises to have imported."""
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
-    sys.path.remove(os.path.dirname(os.path.dirname(__file__)))  # what runs the box
     sys.path += sys.argv[1:]  # the packages
     sys.argv = ["program.py"]
     exec(compile(prelude, "<prelude>", "exec"), vars(main))
@@ -48,13 +47,13 @@ def run_script(code: CodeType, prelude: str) -> None:
     except SystemExit as error:
         status = _status_of(error)
     except BaseException:
-        traceback.print_exc()
+        PRINT(*sys.exc_info())
     try:
         _wait_for_threads()
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
-        traceback.print_exc()
+        PRINT(*sys.exc_info())
         status = 1
     os._exit(status)
 
@@ -105,6 +104,8 @@ def _method(names: dict[str, Any], target: Any) -> Any:
 
 def _wait_for_threads() -> None:
     """Wait as Python does at the end of a script: for all but daemons, those that are started meanwhile included."""
+    if (threading := sys.modules.get("threading")) is None:
+        return
     while waiting := [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]:
         for thread in waiting:
             thread.join()
