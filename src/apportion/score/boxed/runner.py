@@ -9,7 +9,6 @@ import json
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +46,8 @@ class Child:
         if self.pid == 0:
             try:
                 work([*given.values(), *(write for _, write in ends.values())])
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
+            except BaseException as error:
+                solver.show(error)
             os._exit(NOT_BEGUN)
         for file in (*given.values(), *(write for _, write in ends.values())):
             os.close(file)

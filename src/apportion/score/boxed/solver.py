@@ -11,8 +11,13 @@ from .plain import NotPlain, dumps, loads
 
 NAME = "<program>"
 COMPILED = b"compiled"
-PRINT = sys.excepthook
-"""Python's own; `traceback`, which does the same, takes longer to import than most programs run."""
+HOOK = sys.excepthook
+"""Python's own, before a program sets another; `traceback`, which prints the same, takes long to import."""
+
+
+def show(error: BaseException) -> None:
+    """Print an error as Python does."""
+    HOOK(type(error), error, error.__traceback__)
 
 
 def compiled(source: str, status: int) -> CodeType:
@@ -46,14 +51,14 @@ def run_script(code: CodeType, prelude: str) -> None:
         status = 0
     except SystemExit as error:
         status = _status_of(error)
-    except BaseException:
-        PRINT(*sys.exc_info())
+    except BaseException as error:
+        show(error)
     try:
         _wait_for_threads()
         atexit._run_exitfuncs()
         sys.stdout.flush()
-    except BaseException:
-        PRINT(*sys.exc_info())
+    except BaseException as error:
+        show(error)
         status = 1
     os._exit(status)
 
