@@ -31,7 +31,7 @@ BOXED = "score.boxed."
 BANNED_NAMES = {"utils", "common", "base", "helpers", "misc", "types", "core"}
 LONGEST_FILE, LONGEST_FUNCTION = 450, 45
 # Where the name to import is not the name to install.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Check = Callable[[str, ast.Module], Iterator[str]]
