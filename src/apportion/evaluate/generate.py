@@ -1,7 +1,6 @@
 """`apportion generate`: responses to held-out prompts, and what they are worth."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
 
 from apportion.batch import Prompts
 from apportion.data.files import Files, Source
 from apportion.data.prompts import PromptSet, encode_prompts
-from apportion.models import Policy, check_reward_model, load_policy, load_scorer
-from apportion.rollout import complete, sample
+from apportion.evaluate.sampler import Sampler
+from apportion.models import check_reward_model, load_scorer
+from apportion.rollout import complete
 from apportion.sampling import Sampling
 from apportion.score.function_reward import FunctionReward, ScoringFunction
 from apportion.score.reward_model import Reward, RewardModel, decode, name_of
 from apportion.streams import generator
 from apportion.train.evaluation import check_names, measured_rows
 from apportion.train.launch import check_model, function_of, named, tell_dropped
-from apportion.train.learner import check_vocabulary, end_tokens, tokenizer_of
+from apportion.train.learner import check_vocabulary, tokenizer_of
 from apportion.train.run import check_place
 
 
@@ -124,7 +123,6 @@ class _Measure:
 
     def __init__(self, settings: Generate) -> None:
         self.settings = settings
-        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.tokenizer = tokenizer_of(settings.model)
         splits = settings.data(self.tokenizer)
         data = splits.get("eval", splits["train"])
@@ -133,23 +131,21 @@ class _Measure:
             data, self.tokenizer, max_prompt_length=settings.max_prompt_length, strict=settings.strict
         )
         check_vocabulary("reference", settings.ref_model, settings.model)
-        self.policy = self._policy(settings.model)
-        self.reference = None if settings.ref_model is None else self._policy(settings.ref_model)
+        self.sampler = Sampler(settings.model, settings.sampling, bf16=settings.bf16)
+        self.reference = None if settings.ref_model is None else self.sampler.load(settings.ref_model)
         self.rewards = self._rewards()
         self.numbers = generator(settings.seed, "generate")
         self.uniforms = torch.rand(len(self.prompts), settings.sampling.max_new_tokens, generator=self.numbers)
 
     def __call__(self, indices: range) -> list[dict[str, Any]]:
         """Respond to some prompts and measure each response."""
-        prompts = self.prompts.batch(indices, self.device)
-        precision = torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
-        with precision, torch.no_grad():
+        prompts = self.prompts.batch(indices, self.sampler.device)
+        with self.sampler.precision(), torch.no_grad():
             return self._measured(prompts, indices)
 
     def _measured(self, prompts: Prompts, indices: range) -> list[dict[str, Any]]:
-        sampling, pad_id = self.settings.sampling, self.prompts.pad_id
-        uniforms = self.uniforms[indices.start : indices.stop]
-        responses = sample(self.policy, prompts, sampling, uniforms, pad_id=pad_id)
+        sampling = self.settings.sampling
+        responses = self.sampler(prompts, self.uniforms[indices.start : indices.stop])
         columns = {"length": responses.response_mask.sum(1)}
         if self.reference is not None:
             rollout = complete(
@@ -162,20 +158,13 @@ class _Measure:
         details = functions[0].details(prompts, texts) if functions else None
         return measured_rows(prompts, texts, columns, details)
 
-    def _policy(self, path: str) -> Policy:
-        model = self._placed(load_policy(path))
-        return Policy(model, end_tokens(model, self.tokenizer))
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device)
-
     def _rewards(self) -> dict[str, Reward]:
         """Load the rewards that are asked for, by the name of their column."""
         rewards: dict[str, Reward] = {}
         if self.settings.reward_model is not None:
             path, template = self.settings.reward_model, self.settings.reward_template
             rewards["score"] = RewardModel(
-                self._placed(load_scorer(path)),
+                self.sampler.placed(load_scorer(path)),
                 tokenizer_of(path),
                 self.tokenizer,
                 template=None if template is None else named(template),
