@@ -1,11 +1,10 @@
 # script passed files
 import os
 
-os.symlink("/../../etc/shadow", "/tmp/link")
-os.symlink("/proc/1/root/etc/shadow", "/tmp/other")
-for path in ("/tmp/link", "/tmp/other"):
+for number, place in enumerate(("/../../etc/passwd", "/proc/1/root/etc/passwd", "/../../@OUTSIDE@/canary")):
+    os.symlink(place, f"/tmp/link{number}")
     try:
-        print(open(path).read())
+        print(open(f"/tmp/link{number}").read())
     except OSError:
         pass
 print("contained")
