@@ -3,6 +3,7 @@
 APPORTION_BACKEND=my_module.MyBackend pytest tests/score/test_conformance.py
 """
 
+import gc
 import importlib
 import os
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from apportion.data.problems import Tests
@@ -158,10 +160,22 @@ def test_a_killed_box_is_an_error_and_leaves_nothing_behind(backend: Marked) -> 
 
 @each_backend
 def test_many_programs_leak_nothing(backend: Marked) -> None:
-    """No descriptor, thread or process; memory is looked at by benchmarks/sandbox.py over 2,000 of them."""
+    """No descriptor, thread or process; benchmarks/sandbox.py looks over 2,000 of them."""
     assert all(outcome.passed == 2 for outcome in run_many([ONE] * 10, backend=backend))
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     hostile = ("import os\nos.fork()\nos.kill(os.getpid(), 9)", ONE[1])
     assert all(outcome.passed in (0, 2) for outcome in run_many([ONE, ONE, hostile] * 15, TIGHT, backend=backend))
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
     assert not backend.alive()
+
+
+@pytest.mark.slow
+@each_backend
+def test_memory_does_not_grow_with_programs(backend: Marked) -> None:
+    def resident(programs: int) -> int:
+        assert all(outcome.passed == 2 for outcome in run_many([ONE] * programs, backend=backend))
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = resident(100)
+    assert resident(300) - before < 300 * 8 * 2**10  # 8 KB a program
