@@ -76,6 +76,12 @@ COMMANDS = {
         settings="Generate",
         function="generate",
     ),
+    "pass-at-k": Command(
+        help="measure how many programming problems are solved in k tries, from samples or a model",
+        module="apportion.evaluate.pass_at_k",
+        settings="PassAtK",
+        function="measure_pass_at_k",
+    ),
     "compare": Command(
         help="make a report of several runs: curves, table, samples",
         module="apportion.evaluate.compare",
@@ -196,6 +202,8 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
             is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
         elif not words and (flag in switches or _is_inside_a_class(flag, settings)):
+            if flag not in switches and not _may_be_a_switch(flag):
+                raise ValueError(f"{flag} has no value; give it one")
             done.append(f"{flag}=true")
         else:
             taken = 0 if not flag or "=" in flag else 1
@@ -232,6 +240,13 @@ def _flags(settings: type, wanted: Callable[[Any], bool], prefix: str = "--") ->
 def _is_inside_a_class(flag: str, settings: type) -> bool:
     """Tell whether a flag without a value belongs to a class that is chosen by name, where only a switch has none."""
     return "." in flag and "=" not in flag and flag not in _flags(settings, lambda kind: not _is_group(kind))
+
+
+def _may_be_a_switch(flag: str) -> bool:
+    """Tell whether a class has a switch of this name, or a class of the user's may, which is not loaded yet."""
+    name = flag.rpartition(".")[2]
+    kinds = [hints[name] for kind in _loaded() if is_dataclass(kind) and name in (hints := get_type_hints(kind))]
+    return not kinds or any(map(_is_switch, kinds))
 
 
 def _is_group(kind: Any) -> bool:
@@ -328,9 +343,14 @@ def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> s
 
 def _classes() -> set[str]:
     """List the names of the settings' classes that are loaded."""
+    return {value.__name__ for value in _loaded()}
+
+
+def _loaded() -> set[type]:
+    """List the classes of apportion that are loaded."""
     modules = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("apportion.")]
     classes = {value for module in modules for value in module.values() if isinstance(value, type)}
-    return {value.__name__ for value in classes if value.__module__.startswith("apportion.")}
+    return {value for value in classes if value.__module__.startswith("apportion.")}
 
 
 def _settings_of(path: str) -> list[str]:
