@@ -56,8 +56,9 @@ def test_a_section_means_what_it_says(recipe: str, command: str) -> None:
 @pytest.mark.parametrize(("recipe", "command"), SECTIONS)
 @pytest.mark.usefixtures("here")
 def test_a_section_holds_values_that_are_accepted(recipe: str, command: str) -> None:
-    given = ["--model", "./nowhere", "--output_dir" if command != "generate" else "--output", "out"]
-    if command == "ppo":
+    output = "--output" if command in ("generate", "pass-at-k") else "--output_dir"
+    given = ["--model", "./nowhere", output, "out"]
+    if command == "ppo" and "reward_function" not in content(recipe)[command]:
         given += ["--reward_model", "./nowhere"]
     told = refusal(apportion(command, "--config", recipe, *given))
     assert "model folder ./nowhere does not exist" in told  # all settings were read before
