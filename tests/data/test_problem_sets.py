@@ -12,7 +12,7 @@ from apportion.data.humaneval import HumanEval
 from apportion.data.mbpp import Mbpp
 from apportion.data.problem_sets import json_lines
 from apportion.data.problems import Problem
-from command_line import apportion, write_jsonl
+from command_line import apportion, read_jsonl, words, write_jsonl
 
 LEVELS = ("introductory", "interview", "competition")
 
@@ -122,6 +122,17 @@ def test_sources_are_chosen_by_short_names_with_settings_of_their_own(name: str)
         assert f"class_path: apportion.data.{kind.__module__.rpartition('.')[2]}.{name}" in shown.out
         assert "split_seed: 1234" in shown.out
         assert "sft_share: 0.2" in shown.out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_policy_is_fine_tuned_on_solutions_and_trained_on_problems(task: Path, folder: Path) -> None:
+    data = f"--model STORIES --data Apps --data.path {folder} --data.eval_rows 2"
+    done = apportion(*words(f"sft {data} --data.part sft --max_steps 1 --save_steps 0 --output_dir sft", task))
+    assert done.code == 0, done.err
+    line = f"ppo {data} --reward_function ProgramTests --num_steps 1 --batch_size 2 --sampling.max_new_tokens 4"
+    done = apportion(*words(f"{line} --output_dir ppo", task))
+    assert done.code == 0, done.err
+    assert {row["score"] for row in read_jsonl(Path("ppo/samples.jsonl"))} <= {-1.0, -0.6, -0.3, 1.0}
 
 
 @pytest.mark.parametrize(

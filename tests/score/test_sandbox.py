@@ -1,14 +1,14 @@
 """Real programs in boxes, and what a user is told where boxes cannot be made; what boxes hold: test_conformance.py."""
 
-import gzip
-import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from apportion.data.problems import Tests
+from apportion.data.humaneval import HumanEval
+from apportion.data.mbpp import Mbpp
+from apportion.data.problems import Problem, Tests, answer
 from apportion.score.programs import run_many, run_tests
 from apportion.score.sandbox import Bubblewrap, Limits, SandboxError, UnsafeSubprocess, backend_named
 
@@ -16,37 +16,38 @@ HERE = Path(__file__).parent
 TIGHT = Limits(wall_seconds=3, cpu_seconds=3)
 
 
+def humaneval(shared: Path) -> list[Problem]:
+    return HumanEval(path=str(shared / "data" / "humaneval" / "HumanEval.jsonl.gz")).problems("test")
+
+
+def not_passed(problems: list[Problem]) -> list[str]:
+    """Name those whose reference does not pass."""
+    pairs = [(answer(problem.solutions[0], problem.head).program, problem.tests) for problem in problems]
+    outcomes = run_many(pairs)
+    return [problem.task_id for problem, outcome in zip(problems, outcomes, strict=True) if outcome.failed]
+
+
 @pytest.mark.slow
 def test_the_references_of_humaneval_pass(shared: Path) -> None:
-    with gzip.open(shared / "data" / "humaneval" / "HumanEval.jsonl.gz", "rt") as lines:
-        rows = [json.loads(line) for line in lines]
-    pairs = [
-        (row["prompt"] + row["canonical_solution"], Tests(checks=[f"{row['test']}\ncheck({row['entry_point']})"]))
-        for row in rows
-    ]
-    outcomes = [*run_many(pairs)]
-    assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if outcome.passed != 1] == []
-    assert len(rows) == 164
+    problems = humaneval(shared)
+    assert len(problems) == 164
+    assert not_passed(problems) == []
 
 
 @pytest.mark.slow
 def test_the_references_of_mbpp_pass(shared: Path) -> None:
-    rows = [json.loads(line) for line in (shared / "data" / "mbpp" / "mbpp.jsonl").read_text().splitlines()]
-    pairs = [(row["code"], Tests(checks=row["test_list"], setup=row["test_setup_code"])) for row in rows]
-    outcomes = [*run_many(pairs)]
-    assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if outcome.failed] == []
-    assert len(rows) == 974
+    problems = Mbpp(path=str(shared / "data" / "mbpp" / "mbpp.jsonl")).problems("all")
+    assert len(problems) == 974
+    assert not_passed(problems) == []
 
 
 def test_an_object_that_equals_everything_fools_no_test_of_humaneval(shared: Path) -> None:
     """sandbox.md: openai/human-eval's own executor is fooled by it on 155 of 164 problems."""
-    with gzip.open(shared / "data" / "humaneval" / "HumanEval.jsonl.gz", "rt") as lines:
-        rows = [json.loads(line) for line in lines][::8]
     cheat = (HERE / "evil" / "always_equal.py").read_text().replace("def f(x)", "def {}(*_, **__)")
-    pairs = [
-        (cheat.replace("{}", row["entry_point"]), Tests(checks=[f"{row['test']}\ncheck({row['entry_point']})"]))
-        for row in rows
-    ]
+    pairs = []
+    for problem in humaneval(shared)[::8]:
+        name = re.findall(r"check\((\w+)\)\Z", problem.tests.checks[0])[0]
+        pairs.append((cheat.replace("{}", name), problem.tests))
     assert not any(outcome.passed for outcome in run_many(pairs, TIGHT))
 
 
