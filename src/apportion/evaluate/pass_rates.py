@@ -123,7 +123,7 @@ def table_of(groups: dict[str, Rates], ks: Sequence[int]) -> Table:
     """Lay rates out as a table."""
     table = Table(caption="in brackets: 95 % interval over problems")
     for name in ("difficulty", "problems", "samples", *(f"pass@{k} %" for k in ks)):
-        table.add_column(name, justify="left" if name == "difficulty" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "difficulty" else "right", no_wrap="@" not in name)
     for name, group in groups.items():
         table.add_row(name, str(group.problems), str(group.samples), *(_shown(group.rates[k]) for k in ks))
     return table
