@@ -30,6 +30,7 @@ REFUSED = {
     "wrong type of a choice": (f"{PPO} --eval_batch_size many", "--eval_batch_size: many", "give int"),
     "wrong type in a class": (f"{PPO} --credit.termination.n x", "--credit.termination.n: x", "give int"),
     "wrong choice": (f"{PPO} --ppo.ratio all", "--ppo.ratio: all", "'token', 'macro', 'macro_mean'"),
+    "path without a value": (f"{PPO} --data.path --output_dir z", "--data.path has no value; give it one"),
     "wrong switch": (f"{PPO} --resume maybe", "--resume: maybe", "give bool"),
     "unknown class": (f"{PPO} --credit.termination FixedNgran", "'FixedNgran'", "did you mean FixedNgram?"),
     "unknown inner class": (
@@ -106,7 +107,7 @@ REFUSED = {
     "reward function without attention": (
         "ppo --model STORIES --reward_function json.dumps --data.path TASK/prompts.jsonl --output_dir run "
         "--credit.redistribution Attention",
-        "Attention needs attention",
+        "needs attention of a reward model; dumps is a function",
         "give a reward model",
     ),
     "evaluation without held-out rows": (f"{PPO} --eval_functions json.dumps", "json.dumps", "give data.eval_rows"),
@@ -488,7 +489,7 @@ def test_a_bare_switch_of_a_chosen_class_is_true_and_another_setting_of_it_wants
     given = ("ppo", "--config", config, "--credit.termination", "Perplexity", "--credit.termination.early", "--bf16")
     assert resolved(*given)["credit"]["termination"]["init_args"]["early"] is True
     told = refusal(apportion("ppo", "--config", config, "--credit.termination", "FixedNgram", "--credit.termination.n"))
-    assert "--credit.termination.n: True is given; give int" in told
+    assert "--credit.termination.n has no value; give it one" in told
 
 
 def test_lists_are_given_as_words_or_as_yaml(config: Path) -> None:

@@ -84,7 +84,7 @@ def is_scorer(path: str) -> bool:
     config = AutoConfig.from_pretrained(path)
     found = any("SequenceClassification" in name for name in config.architectures or ())
     if found and config.num_labels != 1:
-        raise ValueError(f"reward model {path} has {config.num_labels} labels; give a sequence classifier with one")
+        raise ValueError(f"{path} has {config.num_labels} labels; give a sequence classifier with one")
     return found
 
 

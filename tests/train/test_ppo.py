@@ -667,7 +667,7 @@ def refused() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
             {"value_model": classifier("llama", vocab_size=50)}, {}, "the critic has a vocabulary of 50 tokens"
         ),
         "function without attention": (
-            {}, {"credit": replace(CREDIT, redistribution=Attention())}, "Attention needs attention"
+            {}, {"credit": replace(CREDIT, redistribution=Attention())}, "needs attention of a reward model"
         ),
         "policy without such a layer": (
             {}, {"credit": replace(CREDIT, redistribution=PolicyAttention(layer=2))}, r"layer 2 is not .*\[0, 1\]"

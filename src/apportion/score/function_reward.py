@@ -60,16 +60,22 @@ class FunctionReward:
         tokenizer: The policy's; it decodes the completions, without special tokens.
 
     Raises:
-        ValueError: If it is no function, or cannot be called with the columns that it is given.
+        ValueError: If it is no function, cannot tell what is needed, or cannot be called with the columns that it is
+            given.
     """
 
     def __init__(
-        self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, columns: Iterable[str] | None = None
+        self,
+        function: RewardFunction,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Iterable[str] | None = None,
+        needs: Needs = NOTHING,
     ) -> None:
         if not callable(function):
             raise ValueError(f"the reward is {function!r}; give a model, a path to one, or one function (not a list)")
         self.function, self.name = function, name_of(function)
         self.tokenizer = tokenizer
+        self.check(needs)
         if columns is not None:
             _check_call(function, list(columns))
         if isinstance(function, ScoringFunction):
@@ -101,7 +107,9 @@ class FunctionReward:
         """
         if needs.attention or needs.prefix_scores:
             wanted = " and ".join(name for name in needs.names if name != "error_tokens")
-            raise ValueError(f"the redistribution needs {wanted} of a reward model; {self.name} is a function")
+            raise ValueError(
+                f"the redistribution needs {wanted} of a reward model; {self.name} is a function, give a reward model"
+            )
         if needs.error_tokens and not _reports_errors(self.function):
             raise ValueError(
                 f"the redistribution needs the lines of errors, which {self.name} does not report; give a reward that "

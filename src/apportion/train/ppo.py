@@ -239,9 +239,7 @@ class PPOTrainer:
         """Make a reward of what the user gave, and refuse a function where more than scores is needed."""
         needs = needs_of(self.args.credit.redistribution).of_reward
         if not isinstance(reward, str | nn.Module):
-            function = FunctionReward(reward, self.tokenizer, self.prompts.columns)
-            function.check(needs)
-            return function
+            return FunctionReward(reward, self.tokenizer, self.prompts.columns, needs)
         if isinstance(reward, str):
             check_reward_model(reward)
         model = load_scorer(reward) if isinstance(reward, str) else reward
