@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "code-parse": ("--credit.termination=CodeParse",),
     "error-line": ("--credit.termination=CodeParse", "--credit.redistribution=ErrorLine"),
 }
+STEPS = 40  # of the recipe
 COLUMNS = {
     "pass@1": "eval/all_passed",
     "compiled": "eval/compiled",
@@ -60,7 +61,7 @@ def stages(folder: Path, seeds: list[int]) -> Iterator[list[Stage]]:
                 f"--output_dir={folder / f'{name}-{seed}'}",
             ),
             folder=folder / f"{name}-{seed}",
-            total=60,
+            total=STEPS,
         )
         for seed in seeds
         for name, choice in METHODS.items()
