@@ -51,3 +51,16 @@ def sizes(closes: Tensor) -> list[int]:
     """Count the tokens of each action of a row that is all response."""
     ends = [place + 1 for place, close in enumerate(closes.tolist()) if close]
     return [end - start for start, end in pairwise([0, *ends])]
+
+
+PIECES = ("the", " film", " is", ".", " good", "\n", "x = (", "1)", " + 2", "def f():", "", "é", "   ")
+
+
+def with_pieces(rollout: Rollout, seed: int = 0) -> Rollout:
+    """Let a rollout say something: each valid token is a random piece of text, one of them a special token."""
+    generator, mask = torch.Generator().manual_seed(seed), rollout.response_mask
+    drawn = torch.randint(len(PIECES), mask.shape, generator=generator)
+    rows = [[PIECES[place] for place in row[valid].tolist()] for row, valid in zip(drawn, mask, strict=True)]
+    spans = torch.zeros(*mask.shape, 2, dtype=torch.long)
+    spans[mask] = torch.tensor([span for row in rows for span in spans_of(row)], dtype=torch.long).view(-1, 2)
+    return replace(rollout, text=ResponseTexts(texts=tuple(map("".join, rows)), spans=spans))

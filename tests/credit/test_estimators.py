@@ -18,8 +18,12 @@ from apportion import (
     RLOO,
     AdvantageEstimator,
     Attention,
+    CodeParse,
+    ConstituencyParse,
     CreditConfig,
+    Delimiter,
     DrGRPO,
+    Entropy,
     ErrorLine,
     EveryToken,
     FixedNgram,
@@ -56,11 +60,16 @@ from batches import (
     reference_row,
     without_type_checks,
 )
+from parsers import pairs
+from texts import with_pieces
 
 TERMINATIONS = (EveryToken(), FixedNgram(n=3), Perplexity(), WholeResponse())
 REDISTRIBUTIONS = (Terminal(), Uniform(beta=0.7), Attention(beta=0.8), PrefixDifference(beta=0.6))
 # Of these tests/reference.py has no loops, or has them in tests of their own.
-FURTHER_TERMINATIONS = (RandomizedNgram(), Perplexity("segment"), LowProbability(), ShuffledBoundaries(Perplexity()))
+FURTHER_TERMINATIONS = (
+    *(RandomizedNgram(), Perplexity("segment"), LowProbability(), Entropy(1.5), ShuffledBoundaries(Perplexity())),
+    *(Delimiter(r"\n|\. "), CodeParse(cutoff=3), ConstituencyParse(cutoff=2, workers=0, backend=pairs)),
+)
 MIXED = Mixture.of({Attention(): 0.7, Uniform(): 0.3})
 FURTHER_REDISTRIBUTIONS = (PolicyAttention(beta=0.8), MIXED, Shuffled(Attention()), ErrorLine(beta=0.8))
 BY_GROUP = ReinforcePlusPlus(group_size=2)
@@ -177,7 +186,7 @@ def test_a_batch_equals_its_groups_alone(config: CreditConfig, mask: Tensor, see
     if config.advantage.whitens:
         return
     g = config.advantage.responses_per_prompt
-    rollout, scores = random_rollout(mask, seed, grid=0.25), random_scores(mask, seed)
+    rollout, scores = with_pieces(random_rollout(mask, seed, grid=0.25), seed), random_scores(mask, seed)
     together = assign_credit(rollout, scores, config)
     for first in range(0, len(mask), g):
         group = slice(first, first + g)
@@ -191,7 +200,7 @@ def test_a_batch_equals_its_groups_alone(config: CreditConfig, mask: Tensor, see
 @given(config=any_config, mask=masks, seed=st.integers(0, 999), left=st.integers(0, 3), right=st.integers(0, 3))
 @settings(max_examples=100)
 def test_padding_changes_nothing(config: CreditConfig, mask: Tensor, seed: int, left: int, right: int) -> None:
-    rollout, scores = random_rollout(mask, seed, grid=0.25), random_scores(mask, seed)
+    rollout, scores = with_pieces(random_rollout(mask, seed, grid=0.25), seed), random_scores(mask, seed)
     credit = assign_credit(
         padded(rollout, left=left, right=right, prompt_left=left), padded_scores(scores, left=left, right=right), config
     )
@@ -212,7 +221,7 @@ def test_constant_scores_and_rows_of_few_tokens_give_numbers(
     """Without a penalty groups of equal scores have advantage 0, to the bit; empty rows, scored NaN, always."""
     mask = torch.cat([mask, mask_of([[0], [0], [1], [1]]).expand(4, mask.shape[1])])
     mask[-1, 1:] = False
-    rollout, scores = random_rollout(mask, seed), random_scores(mask, seed)
+    rollout, scores = with_pieces(random_rollout(mask, seed), seed), random_scores(mask, seed)
     scores = replace(scores, scores=torch.where(mask.any(1), score, torch.nan))
     credit = assign_credit(rollout, scores, replace(config, kl_coef=kl_coef))
     for f in fields(credit):
