@@ -1,5 +1,7 @@
 """The reward of programs: numbers of the paper, lines of errors, and what rows report."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     run_tests = programs.run_tests
 
-    def counting(program: str, *arguments: object, **more: object) -> programs.Outcome:
+    def counting(program: str, *arguments: Any, **more: Any) -> programs.Outcome:
         ran.append(program)
         return run_tests(program, *arguments, **more)
 
@@ -114,7 +116,8 @@ def test_tokens_of_the_line_are_marked() -> None:
     scores = FunctionReward(REWARD, tokenizer)(prompts, responses, Needs(error_tokens=True))
     assert scores.error_tokens is not None
     marked = [
-        tokenizer.decode(ids[blamed]) for ids, blamed in zip(responses.response_ids, scores.error_tokens, strict=True)
+        str(tokenizer.decode(ids[blamed]))
+        for ids, blamed in zip(responses.response_ids, scores.error_tokens, strict=True)
     ]
     assert [text.strip() for text in marked] == ["", "return x * (", "return y + 3"]
     assert FunctionReward(REWARD, tokenizer)(prompts, responses).error_tokens is None

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,7 +44,7 @@ def test_no_function_is_in_two_splits_and_the_same_seed_gives_the_same() -> None
 
 def test_the_tokenizer_reads_and_writes_every_text_of_the_task() -> None:
     tokenizer = code_tokenizer()
-    for row in SMALL.datasets()["sft"]:
+    for row in SMALL.datasets()["sft"].to_list():
         text = row["prompt"] + row["completion"]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
@@ -67,6 +68,6 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("sft", 0), ("tests", 0), ("right", 1.5)])
-def test_sizes_out_of_range_are_refused(name: str, value: float) -> None:
+def test_sizes_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}; choose"):
         FunctionsData(**{name: value})
