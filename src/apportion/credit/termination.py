@@ -326,23 +326,26 @@ def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Te
 def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
 
-    Blocks of 1, 2, 4, ... tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the
-    right block stay, but for those up to the first that exceeds the mean of the action which the left block leaves
-    open. That is exact: inside an action of the right block the mean only falls from the first token on, and if that
-    token did not exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it.
+    Blocks of tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the right block
+    stay, but for those up to the first that exceeds the mean of the action which the left block leaves open. That is
+    exact: inside an action of the right block the mean only falls from the first token on, and if that token did not
+    exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it.
 
     Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. Time is the first
-    axis here, which keeps blocks of one token as quick as long ones.
+    axis here, which keeps short blocks as quick as long ones.
     """
     rows, width = surprise.shape
-    length = 1 << max(width - 1, 0).bit_length()
-    exact = torch.nn.functional.pad(surprise.double(), (0, length - width)).T.contiguous()
-    level = exact - exact.cumsum(0)  # -P_t, P_t the sum before t
+    length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
+    filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
+    exact = filled.double().T.contiguous()
+    level = exact - filled.cumsum(1, dtype=torch.float64).T.contiguous()  # -P_t, P_t the sum before t
     columns = torch.arange(length, device=surprise.device)[:, None]
     line = torch.addcmul(level, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
     small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
-    begins = (length - columns).to(small).repeat(1, rows)  # counted from the end, so that the first is the largest
-    opened, span = columns.double().repeat(1, rows), 1  # the last beginning in each block; 0 in `begins` is none
+    opens = _mean_rises_in_blocks(exact.view(-1, BLOCK, rows)).view(length, rows)
+    begins = opens * (length - columns).to(small)  # counted from the end, so that the first is the largest; 0 is none
+    opened = (opens * columns.to(small)).view(-1, BLOCK, rows).amax(1).double()  # the last beginning in each block
+    span = BLOCK
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
         left, own = opened.view(pairs[0], 2, rows).unbind(1)
@@ -353,3 +356,17 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         opened = torch.where(first > 0, own, left)
         span *= 2
     return (begins[:width] > 0).T.contiguous()
+
+
+BLOCK = 16
+"""Tokens that are segmented one after the other: merging so short blocks would take longer."""
+
+
+def _mean_rises_in_blocks(blocks: Float[Tensor, "N K B"]) -> Bool[Tensor, "N K B"]:
+    """Mark where actions begin in blocks of K tokens, each of which begins a row."""
+    stays, one = torch.zeros_like(blocks), blocks.new_ones(())
+    total, count = blocks[:, 0], one.expand_as(blocks[:, 0])  # of the action that is open
+    for token, stay in zip(blocks.unbind(1)[1:], stays.unbind(1)[1:], strict=True):
+        torch.le(token * count, total, out=stay)
+        total, count = torch.addcmul(token, total, stay), torch.addcmul(one, count, stay)
+    return stays == 0
