@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from apportion.data.answers import answer
 from apportion.data.humaneval import HumanEval
 from apportion.data.mbpp import Mbpp
-from apportion.data.problems import Problem, Tests, answer
+from apportion.data.problems import Problem, Tests
 from apportion.score.programs import run_many, run_tests
 from apportion.score.sandbox import Bubblewrap, Limits, SandboxError, UnsafeSubprocess, backend_named
 

@@ -1,7 +1,6 @@
-"""Programming problems: what is asked, what tests the answer, and which program a model's answer is."""
+"""Programming problems: what is asked, and what tests the answer."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,58 +109,3 @@ def _unpacked(content: dict[str, Any]) -> Any:
     if content.keys() == {ITEMS}:
         return dict(content[ITEMS])
     return int(content[HEX], 16) if content.keys() == {HEX} else content
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The program that a completion stands for, and where the completion's own part of it lies.
-
-    Attributes:
-        program: Its source.
-        start: Character of the program where that part begins.
-        taken: Characters of the completion that were taken, from and to.
-    """
-
-    program: str
-    start: int
-    taken: tuple[int, int]
-
-    def characters(self, line: int) -> tuple[int, int] | None:
-        """Find what the model wrote of a line.
-
-        Args:
-            line: Line of the program, from 1.
-
-        Returns:
-            Characters of the completion, from and to, without the line's indent and end; None where it wrote nothing
-            of it.
-        """
-        lines = self.program.split("\n")
-        if not 1 <= line <= len(lines) or not (text := lines[line - 1].strip()):
-            return None
-        begin = sum(len(before) + 1 for before in lines[: line - 1]) + lines[line - 1].index(text)
-        shift = self.taken[0] - self.start
-        first, last = max(begin + shift, self.taken[0]), min(begin + len(text) + shift, self.taken[1])
-        return (first, last) if first < last else None
-
-
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-"""A block of Markdown; the last one may have been cut off."""
-
-
-def answer(completion: str, head: str = "") -> Answer:
-    """Make a program of what a model wrote: its first fenced block, or all of it, behind what it was to continue.
-
-    Behind a head that ends with a line, text that begins without indent cannot go on in its body: it stands below it,
-    as where a chat model writes the function again.
-
-    Args:
-        completion: What the model wrote.
-        head: Source that it continues.
-
-    Returns:
-        The program.
-    """
-    block = FENCE.search(completion)
-    start, end = block.span(1) if block else (0, len(completion))
-    return Answer(program=head + completion[start:end], start=len(head), taken=(start, end))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, get_args
 
-from apportion.data.problems import Answer, Problem, Tests, answer
+from apportion.data.answers import Answer, answer
+from apportion.data.problems import Problem, Tests
 from apportion.score.function_reward import Characters, ScoringFunction
 from apportion.score.programs import Outcome, program_reward, run_many, run_tests
 from apportion.score.sandbox import Backend, BackendName, Limits, backend_named
@@ -19,7 +20,7 @@ class ProgramTests(ScoringFunction):
     """Score programs by their tests: -1 for what does not compile, -0.6 for an error, else -0.3 + 1.3 * share passed.
 
     The program is the first fenced block of a completion, or all of it, behind the head of its problem
-    (`data.problems.answer`). The data set has a column `problem`, as the sources of problems write it
+    (`data.answers.answer`). The data set has a column `problem`, as the sources of problems write it
     (`Problem.to_json`). A time-out counts as an error.
 
     Attributes:

@@ -36,7 +36,7 @@ class TestResult:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """How a program fared.
 
@@ -142,10 +142,15 @@ def same_text(found: str, wanted: str) -> bool:
 
 
 def same_value(found: Any, wanted: Any) -> bool:
-    """Compare what a call returned as APPS does: tuples are lists, and the wanted value may come in a list of one."""
+    """Compare what a call returned as APPS does: tuples are lists, and the wanted value may come in a list of one.
+
+    Numbers are compared within a tolerance where the wanted one is a float.
+    """
     found = _listed(found)
-    alone = isinstance(wanted, list) and len(wanted) > 0 and found == wanted[0]
-    return bool(found == wanted or alone)
+    try:
+        return _equal(found, wanted) or (isinstance(wanted, list) and len(wanted) > 0 and _equal(found, wanted[0]))
+    except ArithmeticError:  # a signalling NaN
+        return False
 
 
 STATUSES: dict[str, Status] = {"error": "runtime_error", "timeout": "timeout", "compile_error": "compile_error"}
@@ -187,13 +192,27 @@ def _line(message: dict[str, Any]) -> int | None:
 
 
 def _close(word: str, wanted: str) -> bool:
-    """Compare two words as numbers, where the wanted one is a float."""
-    if not re.search(r"[.eE]|inf|nan", wanted):
+    """Compare two words as numbers, where the wanted one is a float as programs print it."""
+    if not FLOAT.fullmatch(wanted) or not NUMBER.fullmatch(word):
         return False
-    try:
-        return math.isclose(float(word), float(wanted), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    except ValueError:
-        return False
+    return math.isclose(float(word), float(wanted), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+FLOAT = re.compile(r"[+-]?(\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+)", re.ASCII)
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    """Compare plain values, floats within a tolerance."""
+    if isinstance(wanted, list):
+        alike = isinstance(found, list) and len(found) == len(wanted)
+        return alike and all(map(_equal, found, wanted))
+    if isinstance(wanted, dict):
+        alike = isinstance(found, dict) and found.keys() == wanted.keys()
+        return alike and all(_equal(found[key], value) for key, value in wanted.items())
+    if isinstance(wanted, float) and isinstance(found, int | float) and not isinstance(found, bool):
+        return found == wanted or math.isclose(found, wanted, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return bool(found == wanted)
 
 
 def _listed(value: Any) -> Any:

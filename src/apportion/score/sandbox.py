@@ -52,8 +52,9 @@ Arguments are folders that programs may import from.
 """
 
 LONGEST_MESSAGE = 2**31
-ROOM = 5.0
-"""Seconds that a box may take beyond its tests before it is killed from outside."""
+ROOM = 60.0
+"""Seconds that a box may take beyond its tests before it is killed from outside, as on a machine that is busy, or where
+the kernel has much to take down."""
 
 
 Promise = Literal[
@@ -72,6 +73,7 @@ class Limits:
 
     Attributes:
         wall_seconds: For each test, and for what comes before the first call.
+        total_seconds: For all tests of a program together; those that are left then are not run.
         cpu_seconds: For each process of the program.
         memory_bytes: Address space of each process.
         processes: Processes and threads at a time.
@@ -83,6 +85,7 @@ class Limits:
     """
 
     wall_seconds: float = 10.0
+    total_seconds: float = 120.0
     cpu_seconds: float = 10.0
     memory_bytes: int = 512 * 2**20
     processes: int = 32
@@ -143,11 +146,11 @@ class Bubblewrap(Backend):
 
     def command(self, limits: Limits, info: int) -> list[str]:
         """What is bound, and what is not: no /proc, /etc, /home, /dev/shm."""
-        python = Path(os.path.realpath(sys.executable))
-        inside = Path("/python") / python.relative_to(sys.base_prefix)
+        prefix = os.path.realpath(sys.base_prefix)
+        inside = Path("/python") / Path(os.path.realpath(sys.executable)).relative_to(prefix)
         rights = ("--cap-drop", "ALL", *(word for right in RIGHTS for word in ("--cap-add", right)))
         paths = [path for path in site.getsitepackages() if os.path.isdir(path)] if self.packages else []
-        binds = [(sys.base_prefix, "/python"), ("/usr/lib", "/usr/lib")]
+        binds = [(prefix, "/python"), ("/usr/lib", "/usr/lib")]
         binds += [(path, path) for path in ("/usr/lib64",) if os.path.isdir(path)]
         binds += [(path, f"/packages/{number}") for number, path in enumerate(paths)]
         return [
@@ -260,11 +263,7 @@ class Sandbox:
         Raises:
             SandboxError: If the box could not be made.
         """
-        told, inside = os.pipe()
-        command = self.backend.command(self.limits, inside)
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside,))
-        os.close(inside)
+        process, told = self._started()
         first = _first_process(process, told)
         try:
             found = [*self._messages(process, job)]
@@ -276,6 +275,19 @@ class Sandbox:
             raise SandboxError(_explained(said or str(error))) from None
         finally:
             _end(process, first)
+
+    def _started(self) -> tuple[subprocess.Popen, int]:
+        """Start a box; return its process, and where it tells of its first process."""
+        told, inside = os.pipe()
+        pipe = subprocess.PIPE
+        try:
+            command = self.backend.command(self.limits, inside)
+            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside,)), told
+        except BaseException:
+            os.close(told)
+            raise
+        finally:
+            os.close(inside)
 
     def _messages(self, process: subprocess.Popen, job: Job) -> Iterator[dict[str, Any]]:
         """Send a job, and read what comes of it."""

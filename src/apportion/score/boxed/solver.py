@@ -1,6 +1,7 @@
 """The process that runs the program. Nothing that it says is a verdict."""
 
 import atexit
+import builtins
 import os
 import sys
 from types import CodeType, ModuleType
@@ -39,6 +40,8 @@ def fresh_main(prelude: str) -> dict[str, Any]:
     sys.modules["__main__"] = main
     sys.path += sys.argv[1:]  # the packages
     sys.argv = ["program.py"]
+    for name in ("exit", "quit"):  # which `site` adds
+        setattr(builtins, name, sys.exit)
     exec(compile(prelude, "<prelude>", "exec"), vars(main))
     return vars(main)
 
@@ -65,8 +68,7 @@ def run_script(code: CodeType, prelude: str) -> None:
 
 def serve(code: CodeType, prelude: str, requests: int, replies: int, longest: int) -> None:
     """Run a program, then answer calls of what it defines until there are no more."""
-    names, objects = fresh_main(prelude), []
-    names["__name__"] = "program"  # a call task does not run what is for scripts
+    names, objects = _as_module(fresh_main(prelude)), []
 
     def number_of(thing: Any) -> int:
         objects.append(thing)
@@ -98,6 +100,17 @@ def serve(code: CodeType, prelude: str, requests: int, replies: int, longest: in
         os._exit(0)
 
 
+def _as_module(names: dict[str, Any]) -> dict[str, Any]:
+    """Make a module of the namespace of a script, for a call task does not run what is for scripts.
+
+    What the task imports is not the program's own: it is found as builtins are.
+    """
+    given = {name: names.pop(name) for name in [*names] if name[:2] != "__"}
+    names |= {"__builtins__": vars(builtins) | given, "__name__": "program"}
+    sys.modules["program"] = sys.modules["__main__"]  # where dataclasses and pickle look for what it defines
+    return names
+
+
 def _method(names: dict[str, Any], target: Any) -> Any:
     """Find what is called: an object, a name, or the method of APPS's class `Solution`."""
     if not isinstance(target, str):
@@ -114,6 +127,17 @@ def _wait_for_threads() -> None:
     while waiting := [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]:
         for thread in waiting:
             thread.join()
+
+
+def remove_all(folder: str) -> None:
+    """Remove what is in a folder, as far as this process may."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            path = os.path.join(place, name)
+            try:
+                os.rmdir(path) if name in folders and not os.path.islink(path) else os.unlink(path)
+            except OSError:
+                continue
 
 
 def _status_of(error: SystemExit) -> int:

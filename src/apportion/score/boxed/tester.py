@@ -21,16 +21,15 @@ class Program:
 
     Attributes:
         failure: What the program raised last, or how it ended: kind, message, line.
+        raised: The error that a test sees of that.
+        died: Whether its process is gone.
     """
 
     def __init__(self, requests: int, replies: int, longest: int) -> None:
         self.requests, self.replies, self.longest = requests, replies, longest
         self.failure: tuple[str, str, int] | None = None
+        self.raised: BaseException | None = None
         self.died = False
-
-    def last_failure(self) -> tuple[str, str, int] | None:
-        """What it raised since that was last cleared."""
-        return self.failure
 
     def begin(self) -> None:
         """Wait until the program has defined what it defines."""
@@ -57,13 +56,14 @@ class Program:
             case ("value", value):
                 return value
             case ("error", str(kind), str(message), int(line)):
-                self.failure = (kind, message, line)
-                raise _error(kind)(message)
+                self.failure, self.raised = (kind, message, line), _error(kind)(message)
+                raise self.raised
         raise self._lost(NotPlain("no reply"))
 
     def _lost(self, error: Exception) -> ProgramDied:
         self.failure, self.died = (type(error).__name__, str(error), 0), True
-        return ProgramDied()
+        self.raised = ProgramDied()
+        return self.raised
 
 
 class Thing:
@@ -127,15 +127,17 @@ def tell(results: int, found: dict[str, Any]) -> None:
 
 
 def _result(program: Program, test: Callable[[], Any], end: str) -> dict[str, Any]:
-    """Run one test."""
-    program.failure = None
+    """Run one test. An error of the program's that the test catches is the test's affair, but not that it is gone."""
+    value, caught = None, None
     try:
         value = test()
     except BaseException as error:
-        if (failure := program.last_failure()) is not None:
-            kind, message, line = failure
-            return {"end": "error", "message": f"{kind}: {message}", "line": line, "died": program.died}
-        return {"end": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
+        caught = error
+    if program.failure is not None and (program.died or (caught is not None and caught is program.raised)):
+        kind, message, line = program.failure
+        return {"end": "error", "message": f"{kind}: {message}", "line": line, "died": program.died}
+    if caught is not None:
+        return {"end": "failed", "message": f"{type(caught).__name__}: {caught}"[:500]}
     return {"end": end, "value": value}
 
 
