@@ -28,10 +28,12 @@ check: install-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# What tests run untrusted programs in; from Debian where it is missing.
+# What tests run untrusted programs in; from Debian where it is missing. Python finds a library without /sbin on PATH.
 sandbox:
-	command -v bwrap >/dev/null && ldconfig -p | grep -q libseccomp.so.2 \
-	  || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bubblewrap libseccomp2; }
+	@if command -v bwrap >/dev/null && $(PYTHON) -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")' 2>/dev/null; then :; \
+	elif [ -n "$(SUDO)" ] && ! command -v sudo >/dev/null; then \
+	  echo "bubblewrap or libseccomp2 is missing: let root run apt-get install bubblewrap libseccomp2" >&2; exit 1; \
+	else $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bubblewrap libseccomp2; fi
 
 format: install-dev
 	$(BIN)/ruff check --fix

@@ -5,9 +5,10 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from apportion.data.answers import answer
 from apportion.data.apps import ANY_LENGTH, PRELUDE, Apps, CodeContests, problem_of
 from apportion.data.problem_sets import loads
-from apportion.data.problems import Problem, answer
+from apportion.data.problems import Problem
 from apportion.score.programs import run_many, run_tests
 from command_line import write_jsonl
 
@@ -93,6 +94,19 @@ def test_the_original_layout_is_read_in_order_with_difficulties_and_official_nam
     assert "class Solution:" in problems[1].prompt
 
 
+def test_a_folder_of_problems_itself_is_read(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "apps_sample"
+    wanted = Apps(path=str(folder)).problems("train")
+    assert Apps(path=str(folder / "train")).splits() == ("train",)
+    assert Apps(path=str(folder / "train")).problems("train") == wanted
+    for name in ("mine", "copy/test"):
+        place = tmp_path / name
+        place.mkdir(parents=True)
+        (place / "0001").symlink_to((folder / "train" / "0001").resolve())
+    assert Apps(path=str(tmp_path / "mine")).problems("train") == wanted[:1]
+    assert Apps(path=str(tmp_path / "copy" / "test")).problems("test") == wanted[:1]
+
+
 def test_the_hubs_form_gives_the_same_problems(shared: Path, tmp_path: Path) -> None:
     folder = shared / "data" / "apps_sample"
     rows = []
@@ -128,9 +142,9 @@ def test_the_hubs_lines_are_taken_from_its_cache(tmp_path: Path, monkeypatch: py
 
 def test_the_solutions_of_people_pass(shared: Path) -> None:
     problems = Apps(path=str(shared / "data" / "apps_sample")).problems("train")
-    pairs = [(answer(text, p.head).program, p.tests) for p in problems for text in p.solutions[:8]]
+    pairs = [(answer(text, p.head).program, p.tests) for p in problems for text in p.solutions]
     assert [outcome.failed for outcome in run_many(pairs)] == [0] * len(pairs)
-    assert len(pairs) == 24
+    assert len(pairs) == 90
 
 
 def test_solutions_to_problems_of_codecontests_pass_and_are_told_from_wrong_ones(shared: Path) -> None:
@@ -141,6 +155,21 @@ def test_solutions_to_problems_of_codecontests_pass_and_are_told_from_wrong_ones
     assert [outcome.failed for outcome in run_many([(SOLUTIONS[i], problems[i].tests) for i in SOLUTIONS])] == [0] * 4
     wrong = run_tests(SOLUTIONS["17"].replace("first = ", "first = 0 * "), problems["17"].tests)
     assert wrong.failed > 0
+
+
+def test_codecontests_as_it_was_before_it_took_the_form_of_apps_is_the_same(shared: Path) -> None:
+    folder = shared / "data" / "code_contests_sample"
+    files = ("code_eval_code_contests.jsonl", "code_contests_apps_form.jsonl")
+    original, taken = (CodeContests(path=str(folder / file)).problems("train") for file in files)
+    assert original == taken
+
+
+def test_tests_of_another_kind_are_no_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"id": 1, "content": "Echo.", "test": [{"input": {"stdin": "1"}, "output": {"stdout": "1"}}], "labels": "x"}
+    path = write_jsonl(tmp_path / "a.jsonl", [good, good | {"id": 2, "test": "[1]"}, good | {"id": 3, "test": [{}]}])
+    problems = CodeContests(path=str(path)).problems("train")
+    assert [(p.task_id, p.prompt, p.difficulty, len(p.tests)) for p in problems] == [("1", "Echo.", "", 1)]
+    assert "problems dropped: 2 of 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

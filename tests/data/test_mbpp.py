@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from apportion.data.answers import answer
 from apportion.data.mbpp import Mbpp
-from apportion.data.problems import Problem, answer
+from apportion.data.problems import Problem
 from apportion.score.programs import run_many, run_tests
 from command_line import write_jsonl
 
@@ -55,6 +56,23 @@ def test_the_sanitized_edition_has_its_imports_before_each_test(tmp_path: Path) 
     problems = Mbpp(path=str(tmp_path / "sanitized-mbpp.json")).problems("test")
     assert [p.task_id for p in problems] == ["11"]
     assert run_tests(problems[0].solutions[0], problems[0].tests).passed == 1
+
+
+@pytest.mark.parametrize("split", ["test", "all"])
+def test_the_form_of_humaneval_is_refused_with_its_place_and_the_benchmark_that_reads_it(
+    split: str, shared: Path
+) -> None:
+    path = shared / "data" / "mbpp" / "mbpp_sanitized_codet.jsonl"
+    with pytest.raises(ValueError, match=r"codet\.jsonl, row 1: 'MbppEval/2' is .* give --benchmark humaneval"):
+        Mbpp(path=str(path)).problems(split)
+
+
+def test_a_name_that_is_no_number_is_of_no_split_but_all(tmp_path: Path) -> None:
+    rows = [{"task_id": name, "text": "Add it.", "test_list": ["assert f(1) == 2"]} for name in (20, "mine")]
+    source = Mbpp(path=str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    assert [p.task_id for p in source.problems("all")] == ["20", "mine"]
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: task_id is 'mine', but a number tells the split"):
+        source.problems("test")
 
 
 def test_the_test_split_is_held_out(mbpp: Mbpp, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from apportion.batch import Prompts
@@ -163,10 +165,56 @@ def test_an_output_of_other_settings_or_samples_is_refused_and_stays() -> None:
     write_samples((0, RIGHT))
     assert "out.jsonl, line 2, is of another sample" in refusal(run())
     assert Path("out.jsonl").read_text() == before
+    write_samples((0, RIGHT), (1, WRONG))
+    assert run().code == 0
     Path("out.summary.json").unlink()
     assert "out.jsonl is there already, but not out.summary.json with its settings" in refusal(run())
     Path("out.summary.json").write_text("[]")
     assert "out.summary.json is there already, and something else" in refusal(run())
+
+
+def test_other_tests_in_a_file_of_the_same_name_are_other_problems(problems: Path) -> None:
+    write_samples((0, RIGHT))
+    assert run().code == 0
+    before, text = Path("out.jsonl").read_text(), problems.read_text()
+    problems.write_text(text.replace("Echo", "Say"))  # what is asked changes nothing for samples that are given
+    assert run().code == 0
+    problems.write_text(text.replace(r"\"2\"]}", r"\"3\"]}"))
+    assert problems.read_text() != text
+    assert "out.jsonl is of other settings (problems); choose another output, or remove it" in refusal(run())
+    assert Path("out.jsonl").read_text() == before
+
+
+@pytest.mark.usefixtures("problems")
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples.jsonl.gz"])
+def test_without_an_output_it_stands_beside_the_samples(name: str) -> None:
+    Path("given").mkdir()
+    row = json.dumps({"task_id": "0000", "completion": RIGHT}) + "\n"
+    with gzip.open(f"given/{name}", "wt") if name.endswith(".gz") else open(f"given/{name}", "w") as file:
+        file.write(row)
+    done = apportion(*f"pass-at-k --benchmark apps --problems problems.jsonl --samples given/{name} --k 1".split())
+    assert done.out.endswith("outcomes: 1 in given/samples.outcomes.jsonl\n")
+    assert {path.name for path in Path("given").iterdir()} == {
+        name,
+        *(f"samples.outcomes.{end}" for end in ("jsonl", "problems.jsonl", "summary.json")),
+    }
+
+
+def test_with_a_model_an_output_has_to_be_given() -> None:
+    line = "pass-at-k --benchmark humaneval --model m"
+    assert "output is None; with a model give --output FILE.jsonl" in refusal(apportion(*line.split()))
+
+
+@pytest.mark.usefixtures("here")
+def test_samples_of_another_split_of_mbpp_are_told_the_split_that_takes_them(shared: Path) -> None:
+    path = shared / "data" / "mbpp" / "mbpp.jsonl"
+    write_samples((1, "pass"), (11, "pass"))
+    line = f"pass-at-k --benchmark mbpp --problems {path} --samples samples.jsonl --only_sampled"
+    told = refusal(apportion(*line.split()))
+    assert (
+        "line 1: there is no problem '1'; names are such as '11' in the split test; for others give --split all" in told
+    )
+    assert apportion(*line.split(), "--split", "all").code == 0
 
 
 @pytest.mark.usefixtures("problems")
@@ -287,6 +335,21 @@ def test_sampling_goes_on_where_it_was_stopped(task: Path, shared: Path) -> None
     line = line.replace("--model STORIES", "--samples out.samples.jsonl").replace("out.jsonl", "again.jsonl")
     assert apportion(*words(f"{line} --num_problems 3", task)).code == 0
     assert Path("again.jsonl").read_text() == Path("out.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_other_weights_in_a_folder_of_the_same_name_are_another_model(task: Path, shared: Path) -> None:
+    shutil.copytree(task / "stories", "m")
+    line = GENERATE.replace("HUMANEVAL", str(shared / "data" / "humaneval" / "HumanEval.jsonl.gz"))
+    line = line.replace("STORIES", "m") + " --num_problems 1"
+    assert apportion(*line.split()).code == 0
+    shutil.rmtree("m")
+    shutil.copytree(task / "stories", "m")
+    Path("m/trainer_state.json").write_text("{}")
+    assert apportion(*line.split()).code == 0  # the same again, beside the records of its training
+    weights = load_file("m/model.safetensors")
+    save_file({name: 0.5 * tensor for name, tensor in weights.items()}, "m/model.safetensors", {"format": "pt"})
+    assert "out.jsonl is of other settings (model files); choose another output" in refusal(apportion(*line.split()))
 
 
 @pytest.mark.usefixtures("here")

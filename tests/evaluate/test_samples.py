@@ -24,6 +24,20 @@ def test_a_name_may_be_a_number(tmp_path: Path) -> None:
     assert [sample.task_id for sample in read_samples(path, {"11"})] == ["11"]
 
 
+def test_a_number_may_be_written_as_a_folder_of_apps(tmp_path: Path) -> None:
+    names = ("0001", "1", "0000", "0007")
+    path = write_jsonl(tmp_path / "s.jsonl", [{"task_id": name, "completion": ""} for name in names])
+    samples = read_samples(path, {"0", "1", "0007", "7"})
+    assert [(sample.task_id, sample.number) for sample in samples] == [("1", 0), ("1", 1), ("0", 0), ("0007", 0)]
+
+
+def test_the_example_of_a_name_is_the_same_each_time(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "s.jsonl", [{"task_id": "0009", "completion": ""}])
+    for known in (["10", "2", "3"], ["3", "10", "2"]):
+        with pytest.raises(ValueError, match="there is no problem '0009'; names are such as '2'; give more"):
+            read_samples(path, known, "; give more")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -58,6 +72,12 @@ def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
 )
 def test_a_completion_ends_where_the_function_does(text: str, kept: str) -> None:
     assert cut(text, STOPS) == kept
+
+
+def test_a_body_before_a_fence_ends_where_the_function_does() -> None:
+    """The fence is of what was said about it; the program is the body."""
+    text = "    return 1\n\ndef g():\n    pass\n```\nI hope that this helps."
+    assert cut(text, STOPS, "def f():\n") == "    return 1\n"
 
 
 def test_without_stops_a_completion_stays_whole() -> None:

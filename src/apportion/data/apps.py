@@ -47,8 +47,8 @@ class Apps(ProblemSet):
 
     Attributes:
         path: A name on the hub, by default codeparrot/apps; a folder with `train.jsonl` and `test.jsonl` in the hub's
-            form, or with the original's `train/0000/question.txt` and so on; or one such file, which is then all there
-            is.
+            form, or with the original's `train/0000/question.txt` and so on; or one such file or folder `train`, which
+            is then all there is.
         form: "question" for the bare statement, with the code to start from below it where there is some, as the model
             cards of MA-RLHF have it; "apps" for APPS's own, `\nQUESTION:\n...\nUse Standard Input
             format\n\nANSWER:\n`.
@@ -66,7 +66,7 @@ class Apps(ProblemSet):
             raise ValueError(f"form is {self.form!r}; give 'question' or 'apps'")
 
     def splits(self) -> tuple[str, ...]:
-        """Those of `train` and `test` that a folder has; `train` for a file."""
+        """Those of `train` and `test` that a folder has; `train` for a file, and for a folder of problems itself."""
         path = Path(self.place).expanduser()
         if path.is_file():
             return ("train",)
@@ -74,12 +74,16 @@ class Apps(ProblemSet):
             return ("train", "test")
         if found := tuple(split for split in ("train", "test") if _place(path, split)):
             return found
-        raise FileNotFoundError(f"{path} has neither train.jsonl nor train/0000/question.txt; give a folder of APPS")
+        if any(path.glob("*/question.txt")):
+            return ("test" if path.resolve().name == "test" else "train",)
+        raise FileNotFoundError(
+            f"{path} has neither train.jsonl nor train/0000/question.txt nor 0000/question.txt; give a folder of APPS"
+        )
 
     def read(self, split: str) -> Iterator[Problem | None]:
         """Read a split in order; None in place of a problem without tests that can be used."""
         path = Path(self.place).expanduser()
-        place = _place(path, split) if path.is_dir() else None
+        place = _place(path, split) or path if path.is_dir() else None
         if place is not None and place.is_dir():
             rows = map(_row_of_folder, sorted(folder for folder in place.iterdir() if folder.is_dir()))
         elif place is not None:
@@ -91,15 +95,17 @@ class Apps(ProblemSet):
 
 @dataclass(frozen=True, kw_only=True)
 class CodeContests(ProblemSet):
-    """Problems of CodeContests with their tests in the form of APPS (`input_output`); an answer is a whole program.
+    """Problems of CodeContests; an answer is a whole program.
 
     Nothing is imported before a program: the contests promise nothing.
 
     Attributes:
-        path: A file of JSON lines: `problem_id`, `question`, `input_output`, and `difficulty` or `labels` with one.
+        path: A file of JSON lines: `problem_id`, `question`, `input_output` in the form of APPS, and `difficulty` or
+            `labels` with one; or as SandboxFusion has them, `id`, `content`, `labels`, and `test` with a list of
+            `{"input": {"stdin": ...}, "output": {"stdout": ...}}`.
 
     Source:
-        Li et al., 2022 (https://arxiv.org/abs/2203.07814).
+        Li et al., 2022 (https://arxiv.org/abs/2203.07814); https://github.com/bytedance/SandboxFusion.
     """
 
     def splits(self) -> tuple[str, ...]:
@@ -108,7 +114,8 @@ class CodeContests(ProblemSet):
 
     def read(self, split: str) -> Iterator[Problem | None]:
         """Read a split in order; None in place of a problem without tests that can be used."""
-        return (problem_of(row, "question", prelude=ANY_LENGTH) for row in read_rows(self.place, split))
+        rows = map(_row_of_fusion, read_rows(self.place, split))
+        return (problem_of(row, "question", prelude=ANY_LENGTH) for row in rows)
 
 
 def problem_of(row: Mapping[str, Any], form: Form, prelude: str = PRELUDE) -> Problem | None:
@@ -129,12 +136,12 @@ def problem_of(row: Mapping[str, Any], form: Form, prelude: str = PRELUDE) -> Pr
     if tests is None or name is None or not question.strip():
         return None
     solutions = _structured(row.get("solutions")) or []
-    labels = row.get("labels") or {}
+    labels = _structured(row.get("labels"))
     return Problem(
         task_id=str(int(name)) if str(name).isdecimal() else str(name),
         prompt=_prompt(question, row.get("starter_code") or "", tests, form),
         tests=tests,
-        difficulty=str(row.get("difficulty") or labels.get("difficulty") or ""),
+        difficulty=str(row.get("difficulty") or (labels.get("difficulty") if isinstance(labels, dict) else "") or ""),
         solutions=tuple(("\n" if form == "question" else "") + solution for solution in solutions),
     )
 
@@ -206,6 +213,18 @@ def _row_of_folder(folder: Path) -> dict[str, Any]:
         row[name] = path.read_text(encoding="utf-8") if path.is_file() else ""
     metadata = _structured(row.pop("metadata"))
     return (metadata if isinstance(metadata, dict) else {}) | row
+
+
+def _row_of_fusion(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Read a problem as SandboxFusion has it as a row of APPS; others stay as they are."""
+    if "test" not in row or "input_output" in row:
+        return row
+    try:
+        pairs = [(test["input"]["stdin"], test["output"]["stdout"]) for test in _structured(row["test"]) or []]
+    except (KeyError, TypeError):
+        pairs = []  # no tests that can be used
+    content = {"inputs": [given for given, _ in pairs], "outputs": [wanted for _, wanted in pairs]}
+    return {**row, "question": row.get("content"), "input_output": content}
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:

@@ -1,9 +1,9 @@
 """MBPP: functions to be written from a sentence and the tests that they have to pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from apportion.data.problem_sets import ProblemSet, read_rows
 from apportion.data.problems import Problem, Tests
@@ -20,7 +20,8 @@ class Mbpp(ProblemSet):
 
     Attributes:
         path: mbpp.jsonl or sanitized-mbpp.json of https://github.com/google-research/google-research, or a name on the
-            hub, by default google-research-datasets/mbpp.
+            hub, by default google-research-datasets/mbpp. What CodeT made of it in the form of HumanEval is read by
+            `HumanEval`.
         edition: Which edition on the hub.
 
     Source:
@@ -37,9 +38,13 @@ class Mbpp(ProblemSet):
         return (*SPLITS, "all") if Path(self.place).expanduser().is_file() else tuple(SPLITS)
 
     def read(self, split: str) -> Iterator[Problem | None]:
-        """Read a split in order; None in place of a problem without tests."""
-        for row in read_rows(self.place, split, self.edition):
-            if split != "all" and int(row["task_id"]) not in SPLITS[split]:
+        """Read a split in order; None in place of a problem without tests.
+
+        Raises:
+            ValueError: If a problem is in the form of HumanEval, or has no number that tells its split; with its row.
+        """
+        for place, row in enumerate(read_rows(self.place, split, self.edition), 1):
+            if not _is_in(row, split, f"{self.place}, row {place}"):
                 continue
             text, asserts = row.get("text") or row.get("prompt"), list(row.get("test_list") or [])
             if not text or not asserts:
@@ -52,6 +57,19 @@ class Mbpp(ProblemSet):
                 tests=Tests(checks=asserts, setup=setup),
                 solutions=(row["code"].replace("\r\n", "\n").replace("\r", "\n"),) if row.get("code") else (),
             )
+
+
+def _is_in(row: Mapping[str, Any], split: str, where: str) -> bool:
+    """Tell whether a problem is of a split, by its number."""
+    task_id = row.get("task_id")
+    if "entry_point" in row and "test_list" not in row:
+        remedy = "give --benchmark humaneval, or HumanEval as the data"
+        raise ValueError(f"{where}: {task_id!r} is a problem in the form of HumanEval; {remedy}")
+    if split == "all" and task_id is not None:
+        return True
+    if not str(task_id).isdecimal():
+        raise ValueError(f"{where}: task_id is {task_id!r}, but a number tells the split of a problem; give one")
+    return int(str(task_id)) in SPLITS[split]
 
 
 def _prompt(text: str, asserts: list[str]) -> str:

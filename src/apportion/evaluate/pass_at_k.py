@@ -5,18 +5,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
+from apportion.data.answers import answer
 from apportion.data.apps import Apps, CodeContests, Form
 from apportion.data.files import write_jsonl
 from apportion.data.humaneval import HumanEval
 from apportion.data.mbpp import Mbpp
 from apportion.data.problem_sets import ProblemSet
-from apportion.data.problems import Problem, Tests, answer
+from apportion.data.problems import Problem, Tests
+from apportion.evaluate.contents import digest_of_model, digest_of_problems
 from apportion.evaluate.journal import progress, written
 from apportion.evaluate.pass_rates import Solved, by_difficulty, table_of
 from apportion.evaluate.sampler import Sampler
@@ -42,8 +43,9 @@ class PassAtK:
 
     Attributes:
         benchmark: Which problems.
-        output: JSON lines, an outcome a sample. A run that was stopped goes on with the same command. Beside it stand
-            `.problems.jsonl`, `.summary.json`, and `.samples.jsonl` with what was drawn, under its name.
+        output: JSON lines, an outcome a sample; by default `FILE.outcomes.jsonl` beside the samples `FILE.jsonl`. A run
+            that was stopped goes on with the same command. Beside it stand `.problems.jsonl`, `.summary.json`, and
+            `.samples.jsonl` with what was drawn, under its name.
         problems: File, folder or hub name of the benchmark; by default its name on the hub.
         split: Which split of it; by default the test split where there is one.
         num_problems: Take only so many problems, from the first; None for all.
@@ -63,11 +65,12 @@ class PassAtK:
         bf16: Compute in bfloat16 where it is safe.
 
     Raises:
-        ValueError: If a number is out of range, or both or neither of `samples` and `model` are given.
+        ValueError: If a number is out of range, both or neither of `samples` and `model` are given, or a model without
+            an output.
     """
 
     benchmark: Literal["humaneval", "mbpp", "apps", "code_contests"]
-    output: str
+    output: str | None = None
     problems: str | None = None
     split: str | None = None
     num_problems: int | None = None
@@ -96,6 +99,8 @@ class PassAtK:
             raise ValueError(f"k is {self.k}; give numbers of at least 1")
         if (self.samples is None) == (self.model is None):
             raise ValueError(f"samples is {self.samples} and model {self.model}; give exactly one of them")
+        if self.output is None and self.model is not None:
+            raise ValueError("output is None; with a model give --output FILE.jsonl, where the outcomes go")
         if self.model is not None and max(self.k) > self.num_samples:
             raise ValueError(f"k is {max(self.k)}, more than the {self.num_samples} of num_samples; change one of them")
 
@@ -103,6 +108,14 @@ class PassAtK:
     def ks(self) -> list[int]:
         """The k of pass@k, each once, in order."""
         return sorted(set(self.k))
+
+    @property
+    def outcomes(self) -> Path:
+        """Where outcomes go."""
+        if self.output is not None:
+            return Path(self.output)
+        given = Path(str(self.samples))
+        return given.with_name(f"{given.name.removesuffix('.gz').removesuffix('.jsonl')}.outcomes.jsonl")
 
     def problem_set(self) -> ProblemSet:
         """Make the benchmark's source."""
@@ -120,14 +133,16 @@ def measure_pass_at_k(settings: PassAtK) -> None:
         ValueError: If they cannot be read or do not fit each other, or the output is of other settings or samples.
         SandboxError: If no box can be made.
     """
-    files = _Files(Path(settings.output), settings.samples)
+    files = _Files(settings.outcomes, settings.samples)
     if settings.model is not None:
         check_model(settings.model)
     source = settings.problem_set()
-    every = source.problems(settings.split or ("test" if "test" in source.splits() else source.splits()[0]))
+    splits = source.splits()
+    split = settings.split or ("test" if "test" in splits else splits[0])
+    every = source.problems(split)
     problems = {problem.task_id: problem for problem in every[: settings.num_problems]}
     names = {problem.task_id for problem in every}
-    given = None if settings.samples is None else read_samples(Path(settings.samples), names)
+    given = None if settings.samples is None else read_samples(Path(settings.samples), names, _remedy(split, splits))
     _check_counts(given or [], problems, settings.ks)
     backend = backend_named(settings.backend)
     run_tests("", Tests(inputs=[""], outputs=[""]), settings.limits, backend=backend)  # tells where no box can be made
@@ -179,14 +194,21 @@ class _Files:
             raise ValueError(f"{self.summary} is there already, and something else; choose another output") from error
 
 
+def _remedy(split: str, splits: Sequence[str]) -> str:
+    """Say how problems of other splits are taken, where there are some."""
+    others = ["all"] if split != "all" and "all" in splits else [name for name in splits if name != split]
+    return f" in the split {split}; for others give --split {' or '.join(others)}" if others else ""
+
+
 def _decisive(settings: PassAtK, source: ProblemSet, problems: list[Problem]) -> dict[str, Any]:
-    """Collect what decides outcomes; of the problems their names and numbers of tests."""
-    digest = sha256("\n".join(f"{problem.task_id} {len(problem.tests)}" for problem in problems).encode())
-    chosen: dict[str, Any] = {"benchmark": settings.benchmark, "path": source.place, "problems": digest.hexdigest()}
+    """Collect what decides outcomes, with what problems and model hold: files of one name may be others later."""
+    chosen: dict[str, Any] = {"benchmark": settings.benchmark, "path": source.place}
+    chosen |= {"problems": digest_of_problems(problems, asked=settings.model is not None)}
     chosen |= {"limits": asdict(settings.limits), "backend": settings.backend}
     if settings.model is not None:
         names = ("model", "num_samples", "form", "max_prompt_length", "seed", "bf16")
         chosen |= {name: getattr(settings, name) for name in names} | {"sampling": asdict(settings.sampling)}
+        chosen["model files"] = digest_of_model(settings.model)
     return chosen
 
 

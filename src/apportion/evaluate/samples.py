@@ -11,8 +11,9 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.data.answers import answer
 from apportion.data.problem_sets import json_lines
-from apportion.data.problems import FENCE, Problem
+from apportion.data.problems import Problem
 from apportion.data.prompts import encode_prompts
 from apportion.evaluate.journal import progress, written
 from apportion.evaluate.sampler import Sampler
@@ -36,12 +37,15 @@ class Sample:
     completion: str
 
 
-def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
+def read_samples(path: Path, known: Collection[str], remedy: str = "") -> list[Sample]:
     """Read samples, lines of `task_id` and `completion`.
+
+    A number may have zeros in front, as the folders of APPS do: `0001` is the problem `1`.
 
     Args:
         path: JSON lines, compressed by gzip or not.
         known: Names of the problems.
+        remedy: What to tell beside, of a name that is not known.
 
     Returns:
         At least one, in order.
@@ -57,9 +61,12 @@ def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
         if isinstance(task_id, bool) or not isinstance(task_id, str | int) or not isinstance(completion, str):
             raise ValueError(f"{path}, line {number}: a sample has a task_id and a completion of text")
         name = str(task_id)
+        if name not in known and name.isdecimal():
+            name = name.lstrip("0") or "0"
         if name not in known:
-            example = next(iter(known), "none")
-            raise ValueError(f"{path}, line {number}: there is no problem {name!r}; names are such as {example!r}")
+            example = min(known, key=lambda one: (len(one), one), default="none")
+            told = f"there is no problem {str(task_id)!r}; names are such as {example!r}{remedy}"
+            raise ValueError(f"{path}, line {number}: {told}")
         samples.append(Sample(task_id=name, number=counts[name], completion=completion))
         counts[name] += 1
     if not samples:
@@ -99,6 +106,7 @@ def draw_samples(
     prompts = encode_prompts(rows, sampler.tokenizer, max_prompt_length=max_prompt_length)
     tell_dropped(prompts.dropped, max_prompt_length)
     names = prompts.columns["task_id"]
+    heads = {problem.task_id: problem.head for problem in problems}
     wanted = [(row, number) for row in range(len(names)) for number in range(num_samples)]
     there = [row.get("task_id") for row in written(path)]
     if there != [names[row] for row, _ in wanted[: len(there)]]:
@@ -110,14 +118,16 @@ def draw_samples(
             asked = prompts.batch([row for row, _ in batch], sampler.device)
             texts = decode(sampler.tokenizer, asked, sampler(asked, chances))
             for (row, _), text in zip(batch, texts, strict=True):
-                file.write(json.dumps({"task_id": names[row], "completion": cut(text, stops)}) + "\n")
+                completion = cut(text, stops, heads[names[row]])
+                file.write(json.dumps({"task_id": names[row], "completion": completion}) + "\n")
             file.flush()
             advance(len(batch))
 
 
-def cut(completion: str, stops: Sequence[str]) -> str:
-    """Cut a completion off where the first of several texts begins; one with a fenced block stays whole."""
-    if FENCE.search(completion):
+def cut(completion: str, stops: Sequence[str], head: str = "") -> str:
+    """Cut a completion off where the first of several texts begins; one whose program is a fenced block stays whole."""
+    parts = answer(completion, head).parts
+    if not parts or parts[0][1] > 0:
         return completion
     places = [place for stop in stops if (place := completion.find(stop)) >= 0]
     return completion[: min(places, default=len(completion))]
