@@ -342,9 +342,10 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     columns = torch.arange(length, device=surprise.device)[:, None]
     line = torch.addcmul(level, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
     small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
-    opens = _mean_rises_in_blocks(exact.view(-1, BLOCK, rows)).view(length, rows)
+    blocks = (length // BLOCK, BLOCK, rows)
+    opens = _mean_rises_in_blocks(exact.view(blocks)).view(length, rows)
     begins = opens * (length - columns).to(small)  # counted from the end, so that the first is the largest; 0 is none
-    opened = (opens * columns.to(small)).view(-1, BLOCK, rows).amax(1).double()  # the last beginning in each block
+    opened = (opens * columns.to(small)).view(blocks).amax(1).double()  # the last beginning in each block
     span = BLOCK
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
