@@ -125,6 +125,14 @@ def parse(trees: Sequence[Nested], cutoff: int) -> list[int]:
     return actions
 
 
+def by_threshold(unsure: Sequence[bool]) -> list[int]:
+    """Begin an action at every token that was drawn unsurely: Entropy, LowProbability."""
+    ids: list[int] = []
+    for t, opens in enumerate(unsure):
+        ids.append(0 if t == 0 else ids[-1] + opens)
+    return ids
+
+
 def apart(ids: list[int]) -> list[int]:
     """Make the last token an action of its own, if it is not one."""
     if len(ids) > 1 and ids[-1] == ids[-2]:

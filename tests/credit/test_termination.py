@@ -1,5 +1,6 @@
 """Where macro actions close: the documents' vectors, and what holds of every condition."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -199,6 +200,21 @@ def test_a_token_of_high_entropy_or_low_probability_begins_an_action() -> None:
     wanted = [[0, 0, 1, 1, -1, 2]]
     for condition in Entropy(1.75), LowProbability(0.2):
         assert macro_ids(condition(rollout), rollout.response_mask).tolist() == wanted
+
+
+@given(mask=masks, seed=st.integers(0, 999), threshold=st.floats(0.05, 2.5))
+def test_thresholds_equal_the_slow_loop(mask: Tensor, seed: int, threshold: float) -> None:
+    rollout = random_rollout(mask, seed)
+    assert rollout.entropies is not None
+    chance = math.exp(-threshold)
+    entropy, unlikely = (
+        macro_ids(condition(rollout), mask) for condition in (Entropy(threshold), LowProbability(chance))
+    )
+    for b, row in enumerate(mask):
+        unsure = [h > threshold for h in rollout.entropies[b, row].tolist()]
+        assert entropy[b, row].tolist() == reference.by_threshold(unsure)
+        low = [logprob < math.log(chance) for logprob in rollout.old_logprobs[b, row].tolist()]
+        assert unlikely[b, row].tolist() == reference.by_threshold(low)
 
 
 @given(mask=masks, seed=st.integers(0, 99))

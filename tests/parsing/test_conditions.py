@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from apportion import (
     macro_ids,
     with_text,
 )
-from batches import mask_of, padded, spoiled
+from batches import mask_of, padded, spoiled, without_type_checks
 from texts import O6, sizes, written
 
 SENTENCE = ["The", " quick", " fox", " jumped", " over", " the", " lazy", " dog", "."]
@@ -205,6 +206,13 @@ def test_a_program_is_cut_at_its_constituents() -> None:
     closes = CodeParse(cutoff=6)(written(pieces))[0].tolist()
     joined = "".join(piece + "|" * close for piece, close in zip(pieces, closes, strict=True))
     assert joined == "def add|(x, y):\n return| x + y\n|"
+
+
+@pytest.mark.parametrize(("backend", "shown"), [(Stanza, "<class .*Stanza'>"), ("stanza", "'stanza'"), (None, "None")])
+def test_a_backend_that_does_not_parse_is_refused(backend: Any, shown: str) -> None:
+    """Every row would fall back to one action a token, which is another method."""
+    with without_type_checks(), pytest.raises(ValueError, match=rf"backend is {shown}; give Stanza\(\), Benepar\(\)"):
+        ConstituencyParse(backend=backend)
 
 
 @pytest.mark.parametrize(

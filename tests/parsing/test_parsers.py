@@ -8,10 +8,12 @@ from typing import Any
 
 import nltk
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from apportion import Benepar, Stanza
 from apportion.credit.parse import ParseTree, closing_tokens
-from apportion.parsing.parsers import ParserUnavailable, nltk_tree, stanza_tree
+from apportion.data.functions.tokenizer import code_tokenizer
+from apportion.parsing.parsers import ParserUnavailable, nltk_tree, stanza_tree, with_special_tokens
 from apportion.parsing.syntax import TreeSitter
 from texts import NESTED, O6, spans_of, tree_over
 
@@ -82,6 +84,14 @@ def test_trees_of_nltk_are_read() -> None:
     assert constituents(read) == {(0, 3), (0, 2), (0, 1), (1, 2), (2, 3)}
     with pytest.raises(ValueError, match=r"more leaves than the sentence has words \(2\)"):
         nltk_tree(tree, [(0, 3), (4, 7)])
+
+
+def test_special_tokens_are_put_around_ids_as_benepar_asks_for() -> None:
+    tokenizer = code_tokenizer()
+    assert with_special_tokens(tokenizer, [-100, 6]) == [tokenizer.bos_token_id, -100, 6]
+    end = ("</s>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A </s> </s>", special_tokens=[end])
+    assert with_special_tokens(tokenizer, [-100]) == [end[1], -100, end[1], end[1]]
 
 
 def test_models_and_packages_that_are_missing_are_told_with_the_command_that_gets_them(

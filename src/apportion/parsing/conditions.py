@@ -180,6 +180,14 @@ class ConstituencyParse(ParseCondition):
     workers: int = 2
     backend: Parser | Parse = field(default_factory=Stanza)
 
+    def __post_init__(self) -> None:
+        """Refuse what does not parse."""
+        super().__post_init__()
+        if isinstance(self.backend, type) or not callable(self.backend):
+            raise ValueError(
+                f"backend is {self.backend!r}; give Stanza(), Benepar(), or a callable from a text to its trees"
+            )
+
     @property
     def parser(self) -> Parser | Parse:
         """What makes the trees."""

@@ -7,6 +7,8 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from apportion.credit.parse import ParseTree, Span
 
 Parse = Callable[[str], Sequence[ParseTree]]
@@ -119,6 +121,9 @@ class Benepar(Parser):
     @cached_property
     def _models(self) -> tuple[Any, Any, Any]:
         benepar, spacy = (_imported(name, "pip install 'apportion[benepar]'") for name in ("benepar", "spacy"))
+        if not hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
+            # benepar 0.2, the last there is, calls it; transformers 5 has it no more.
+            setattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens", with_special_tokens)  # noqa: B010
         words = spacy.blank(self.language)
         words.add_pipe("sentencizer")
         try:
@@ -144,6 +149,22 @@ class Benepar(Parser):
         ]
         spans = [[(word.idx, word.idx + len(word.text)) for word in part] for part in said]
         return [nltk_tree(tree, part) for tree, part in zip(parser.parse_sents(given), spans, strict=True)]
+
+
+def with_special_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Put the special tokens of a tokenizer around the ids of a text, as transformers 4 did.
+
+    Args:
+        tokenizer: Any that is fast.
+        ids: Those of a text.
+
+    Returns:
+        The ids with what the tokenizer puts before and behind a text.
+    """
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    given, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return [*given[:first], *ids, *given[last:]]
 
 
 def stanza_tree(sentence: Any) -> ParseTree:

@@ -90,6 +90,10 @@ class ParserPool:
         found = {text: self._cache[text].result() for text in wanted}
         for text in wanted:
             self._cache.move_to_end(text)
+        if self._crew is not None:
+            for text in self._crew.untried & found.keys():
+                del self._cache[text]
+                self._crew.untried.discard(text)
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         return found
@@ -106,10 +110,15 @@ class ParserPool:
 
 
 class _Crew:
-    """Workers, and for each of them a thread that hands it jobs."""
+    """Workers, and for each of them a thread that hands it jobs.
+
+    Attributes:
+        untried: Texts that no worker could be started for; they are not remembered, for what is short may come back.
+    """
 
     def __init__(self, parser: bytes, count: int, patience: float) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.untried: set[str] = set()
         self.ended = threading.Event()
         self.workers = [_Worker(parser, patience) for _ in range(count)]
         try:
@@ -161,7 +170,8 @@ class _Crew:
                 continue
             try:
                 alone = self._living(place).parse([text])
-            except (ParserUnavailable, OSError) as error:  # it was loaded at first; what is short now may come back
+            except (ParserUnavailable, OSError) as error:  # it was loaded at first
+                self.untried.add(text)
                 told = f"no parser for {text[:60]!r}, which falls back to one action a token: {error}"
                 warnings.warn(told, stacklevel=2)
                 alone = [None]
@@ -267,7 +277,8 @@ def _pickled(parser: Parser | Parse) -> bytes:
     name = f"{kind.__module__}.{getattr(kind, '__qualname__', '')}"
     if kind.__module__ == "__main__":
         raise ParserUnavailable(
-            f"the parser {name} cannot be sent to a worker process; put it into a module of its own"
+            f"the parser {name} cannot be sent to a worker process; put it into a module of its own, or choose "
+            "workers=0"
         )
     try:
         return pickle.dumps(parser)
