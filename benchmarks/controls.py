@@ -3,12 +3,13 @@
     python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--write]
 
 All runs share one fine-tuned model and one reward model. First each method is tuned on one seed over the same grid;
-then it is run with fresh seeds at its best setting and at the papers' setting, and so is each control
-(`apportion recipes`) at the papers' setting. The best setting is the one with the highest held-out score under the
-reward model, for the oracle is what a user has not. Finished runs are kept as lines of
-`benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which another machine makes of
-the same seed, count for nothing. After `--hours` no further run is begun. With `--write` the report on what is there
-goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading is written by hand and kept.
+then it is run with fresh seeds at its best settings and at lam 0.95 as in the papers, and so is each control
+(`apportion recipes`). The best settings are those with the highest held-out score under the reward model, and with the
+highest objective, the score less its KL penalty, which PPO maximises; the oracle is what a user has not. Finished runs
+are kept as lines of `benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which
+another machine makes of the same seed, count for nothing. After `--hours` no further run is begun. With `--write` the
+report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading is written by
+hand and kept.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import torch
 from rich.console import Console
 
 from apportion import cli
-from apportion.control import controls
+from apportion.control import beside, controls
 from apportion.evaluate.statistics import at_position, estimate, parity
 from apportion.quickstart import claim, prepare, start
 from apportion.train.run import read_records
@@ -45,12 +46,19 @@ RECORDS = RESULTS / "controls-runs.jsonl"
 READING = "## What it says"
 PREAMBLE = """\
 Held-out means (256 prompts); interquartile means over seeds with bootstrap intervals of 95 %. The score is the reward
-model's, which the policies were trained on; the oracle is the task's. `updates to PPO`: until the final score of token
-PPO at the papers' setting (lam 0.95, lr 0.0003) is reached. Lam `own` is that of the control's recipe."""
+model's, which the policies were trained on; the oracle is the task's. The objective is the score in the units that are
+trained on, less 0.05 times the KL of a response, whatever penalty a run had itself: it sets scores at unequal KL beside
+each other. `updates to PPO`: until the final score of token PPO at the papers' lam (0.95, lr 0.0003) is reached, on
+lines between evaluations, which come every 15 updates; `never` where the mean, or the end of the interval, does not
+reach it. Lam `own` is that of the control's recipe. The learning rate, kl_coef 0.05 and all else are those of the
+recipe `reviews`, for the papers' are for models a thousand times as large. Runs are kept as they are done, over several
+commits."""
 
+CRITERIA = ("score", "objective")
 METHODS = ("ppo", "ma-ppo", "abc", "prefix-difference")
 LAMS, RATES = (0.9, 0.95, 0.99, 1.0), (3e-4, 6e-4)
 PAPER = (0.95, 3e-4)
+KL_COEF = 0.05
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 STEPS, EVAL_STEPS = 60, 15
 WEIGHTS = "model.safetensors"
@@ -100,6 +108,8 @@ class Curve:
     kl: list[float]
     length: list[float]
     seconds: list[float]
+    objective: list[float]
+    commit: str
 
     @classmethod
     def of(cls, trial: Trial, start: str, folder: Path) -> "Curve":
@@ -107,9 +117,10 @@ class Curve:
         records = [record for record in read_records(folder / "metrics.jsonl") if "eval/score" in record]
         keys = {"updates": "step", "score": "eval/score", "oracle": "eval/oracle", "kl": "eval/kl_sequence"}
         keys |= {"length": "eval/length", "seconds": "seconds"}
-        return cls(
-            trial=trial, start=start, **{name: [record[key] for record in records] for name, key in keys.items()}
-        )
+        found = {name: [record[key] for record in records] for name, key in keys.items()}
+        scale = records[-1]["score/scale"]
+        objective = [score * scale - KL_COEF * kl for score, kl in zip(found["score"], found["kl"], strict=True)]
+        return cls(trial=trial, start=start, **found, objective=objective, commit=commit_now())
 
 
 def read_curves(start: str) -> dict[Trial, Curve]:
@@ -117,6 +128,12 @@ def read_curves(start: str) -> dict[Trial, Curve]:
     lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
     curves = [curve for line in lines if (curve := json.loads(line))["start"] == start]
     return {(trial := Trial(**curve.pop("trial"))): Curve(trial=trial, **curve) for curve in curves}
+
+
+def commit_now() -> str:
+    """The commit that is checked out."""
+    git = ("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def fingerprint(folder: Path) -> str:
@@ -130,18 +147,18 @@ def tuning() -> list[Trial]:
     return [Trial(name=name, lam=lam, rate=rate, seed=TUNING_SEED) for lam, rate, name in product(LAMS, RATES, METHODS)]
 
 
-def best(name: str, curves: dict[Trial, Curve]) -> Trial | None:
-    """The setting of a method with the highest score at the end; None while the grid has gaps."""
+def best(name: str, curves: dict[Trial, Curve], key: str) -> Trial | None:
+    """The setting of a method with the highest score, or objective, at the end; None while the grid has gaps."""
     grid = [trial for trial in tuning() if trial.name == name]
     if any(trial not in curves for trial in grid):
         return None
-    return max(grid, key=lambda trial: curves[trial].score[-1])
+    return max(grid, key=lambda trial: getattr(curves[trial], key)[-1])
 
 
 def fresh(curves: dict[Trial, Curve]) -> list[Trial]:
     """Methods at the papers' setting and at their best, and then the controls, over fresh seeds; seed by seed."""
     paper = [Trial(name=name, lam=PAPER[0], rate=PAPER[1], seed=0) for name in METHODS]
-    tuned = [trial for name in METHODS if (trial := best(name, curves)) is not None]
+    tuned = [trial for name in METHODS for key in CRITERIA if (trial := best(name, curves, key)) is not None]
     others = [Trial(name=name, lam=None, rate=PAPER[1], seed=0) for name in controls() if name not in METHODS]
     methods = dict.fromkeys([*paper, *(replace(trial, seed=0) for trial in tuned)])
     return [replace(trial, seed=seed) for group in (methods, others) for seed in SEEDS for trial in group]
@@ -180,7 +197,7 @@ def run(trials: Iterable[Trial], folder: Path, jobs: int, until: float) -> None:
 
 def tuning_table(curves: dict[Trial, Curve]) -> Iterator[str]:
     """Score and oracle at the end for each setting of the grid."""
-    yield from ("## Tuning, seed 100: score (oracle) at the end", "")
+    yield from ("## Tuning, seed 100: score (objective; oracle) at the end, the best score and objective in bold", "")
     settings = list(product(RATES, LAMS))
     yield "| method | " + " | ".join(f"lr {rate:g}, lam {lam:g}" for rate, lam in settings) + " |"
     yield "|---" * (len(settings) + 1) + "|"
@@ -188,10 +205,23 @@ def tuning_table(curves: dict[Trial, Curve]) -> Iterator[str]:
         cells = []
         for rate, lam in settings:
             curve = curves.get(Trial(name=name, lam=lam, rate=rate, seed=TUNING_SEED))
-            cell = "" if curve is None else f"{curve.score[-1]:.2f} ({curve.oracle[-1]:.2f})"
-            cells.append(f"**{cell}**" if curve is not None and curve.trial == best(name, curves) else cell)
+            parts = (
+                ("", "", "")
+                if curve is None
+                else (
+                    *(_bold(curve, key, curves) for key in CRITERIA),
+                    f"{curve.oracle[-1]:.2f}",
+                )
+            )
+            cells.append("{} ({}; {})".format(*parts) if curve is not None else "")
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
+
+
+def _bold(curve: Curve, key: str, curves: dict[Trial, Curve]) -> str:
+    """A number at the end, in bold where it is the method's best."""
+    number = f"{getattr(curve, key)[-1]:.2f}"
+    return f"**{number}**" if curve.trial == best(curve.trial.name, curves, key) else number
 
 
 def fresh_table(curves: dict[Trial, Curve]) -> Iterator[str]:
@@ -200,13 +230,12 @@ def fresh_table(curves: dict[Trial, Curve]) -> Iterator[str]:
     for trial in fresh(curves):
         if trial in curves:
             groups.setdefault(replace(trial, seed=0), []).append(curves[trial])
-    head = ("run", "lam", "lr", "seeds", "oracle", "score", "KL", "length", "updates to PPO", "seconds to PPO")
+    shown = ("oracle", "score", "objective", "kl", "length")
+    head = ("run", "lam", "lr", "seeds", *shown, "updates to PPO", "seconds to PPO")
     yield from ("## Fresh seeds", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|")
     baseline = groups.get(Trial(name="ppo", lam=PAPER[0], rate=PAPER[1], seed=0), [])
     for trial, found in groups.items():
-        numbers = [
-            _plain([getattr(curve, name)[-1] for curve in found]) for name in ("oracle", "score", "kl", "length")
-        ]
+        numbers = [_plain([getattr(curve, name)[-1] for curve in found]) for name in shown]
         lam = "own" if trial.lam is None else f"{trial.lam:g}"
         yield (
             "| "
@@ -226,27 +255,51 @@ def _parity(found: list[Curve], baseline: list[Curve]) -> tuple[str, ...]:
     """Updates and seconds until the score of PPO at the end is reached."""
     if not baseline:
         return "", ""
-    position, _ = parity(*(np.array([curve.score for curve in curves]) for curves in (found, baseline)))
+    position, draws = parity(*(np.array([curve.score for curve in curves]) for curves in (found, baseline)))
+    places = np.array([position, *(() if draws is None else np.sort(draws)[[len(draws) // 40, -len(draws) // 40]])])
     spent = [np.mean([getattr(curve, name) for curve in found], axis=0) for name in ("updates", "seconds")]
-    values = [float(at_position(np.array([position]), each)[0]) for each in spent]
-    return tuple("never" if value == float("inf") else f"{value:.0f}" for value in values)
+    told = [
+        ["never" if value == float("inf") else f"{value:.0f}" for value in at_position(places, each)] for each in spent
+    ]
+    return tuple(value[0] + (f" [{value[1]}, {value[2]}]" if len(value) > 1 else "") for value in told)
+
+
+def paired_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+    """What each run has over the one that it stands beside, seed by seed."""
+    head = ("run", "lam", "lr", "beside", *PAIRED)
+    yield from ("## Differences between runs of the same seeds", "", "| " + " | ".join(head) + " |")
+    yield "|---" * len(head) + "|"
+    for trial in dict.fromkeys(replace(trial, seed=0) for trial in fresh(curves)):
+        other = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
+        against = Trial(name=other, lam=PAPER[0] if other in METHODS else None, rate=PAPER[1], seed=0)
+        pairs = [(curves.get(replace(trial, seed=s)), curves.get(replace(against, seed=s))) for s in SEEDS]
+        both = [(one, two) for one, two in pairs if one is not None and two is not None]
+        if trial == against or not both:
+            continue
+        cells = [_plain([getattr(one, name)[-1] - getattr(two, name)[-1] for one, two in both]) for name in PAIRED]
+        lam = "own" if trial.lam is None else f"{trial.lam:g}"
+        yield "| " + " | ".join((trial.name, lam, f"{trial.rate:g}", other, *cells)) + " |"
+    yield ""
+
+
+PAIRED = ("oracle", "score", "objective", "kl", "length")
 
 
 def report(curves: dict[Trial, Curve]) -> Iterator[str]:
     """Write the report line by line."""
-    git = ("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
     planned = [*tuning(), *fresh(curves)]
     yield from ("# Controls on the task `reviews`, T = 160", "")
     yield f"{sum(trial in curves for trial in planned)} of {len(planned)} runs of {STEPS} updates are there."
     yield PREAMBLE
     yield from ("", f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`")
-    yield f"- commit: {commit}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
+    commits = ", ".join(dict.fromkeys(curves[trial].commit for trial in planned if trial in curves))
+    yield f"- commits of the runs: {commits}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
     yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores, one thread a run"
     yield ""
     yield from tuning_table(curves)
     yield from fresh_table(curves)
+    yield from paired_table(curves)
 
 
 def kept(path: Path) -> str:
