@@ -1,11 +1,15 @@
 """Tokenizers and Llamas for the built-in tasks, saved and loaded as any other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from apportion.data.files import write_jsonl
 
 PAD, BOS, EOS, UNK = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -60,3 +64,25 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int, positions: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def write_start(
+    folder: str | Path, tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *, seed: int
+) -> Path:
+    """Write what a task starts from: `base/`, a tokenizer with a small Llama of random weights, and files of rows.
+
+    Args:
+        folder: Made where it is missing. Files of an earlier call are replaced.
+        tokenizer: The task's.
+        datasets: Rows by the name of their file, without its ending.
+        seed: Of the weights.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    tokenizer.save_pretrained(folder / "base")
+    small_llama(tokenizer, seed=seed).save_pretrained(folder / "base")
+    for name, rows in datasets.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder

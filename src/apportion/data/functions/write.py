@@ -7,12 +7,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from apportion.data.files import write_jsonl
 from apportion.data.functions import operations
 from apportion.data.functions.operations import Function
 from apportion.data.functions.tokenizer import code_tokenizer
 from apportion.data.problems import Problem, Tests
-from apportion.data.small_models import small_llama
+from apportion.data.small_models import write_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +97,5 @@ def write_functions(folder: str | Path, config: FunctionsData | None = None) -> 
     Returns:
         The folder.
     """
-    config, folder = config or FunctionsData(), Path(folder)
-    tokenizer = code_tokenizer()
-    tokenizer.save_pretrained(folder / "base")
-    small_llama(tokenizer, seed=config.seed).save_pretrained(folder / "base")
-    for name, rows in config.datasets().items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
+    config = config or FunctionsData()
+    return write_start(folder, code_tokenizer(), config.datasets(), seed=config.seed)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from apportion.data.files import write_jsonl
 from apportion.data.reviews import grammar
 from apportion.data.reviews.grammar import Mood
 from apportion.data.reviews.oracle import oracle
 from apportion.data.reviews.tokenizer import word_tokenizer
-from apportion.data.small_models import EOS, small_llama
+from apportion.data.small_models import EOS, write_start
 
 MOST_CLAUSE_WORDS = 12
 """Shorter texts may have no room for an opinion."""
@@ -132,10 +131,5 @@ def write_reviews(folder: str | Path, config: ReviewsData | None = None) -> Path
     Returns:
         The folder.
     """
-    config, folder = config or ReviewsData(), Path(folder)
-    tokenizer = word_tokenizer()
-    tokenizer.save_pretrained(folder / "base")
-    small_llama(tokenizer, seed=config.seed).save_pretrained(folder / "base")
-    for name, rows in config.datasets().items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
+    config = config or ReviewsData()
+    return write_start(folder, word_tokenizer(), config.datasets(), seed=config.seed)
