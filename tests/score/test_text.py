@@ -102,6 +102,8 @@ def test_any_ids_give_the_text_that_reward_functions_get(gpt2, drawn: list, extr
         text, spans = rollout.text.texts[row], rollout.text.spans[row, : len(ids)].tolist()
         covered = {place for start, end in spans for place in range(start, end)}
         assert covered == set(range(len(text)))
+        starts = [start for start, _ in spans]
+        assert starts == sorted(starts)
         said = [span for span in spans if span[0] < span[1]]  # a special token may stand inside of a character
         assert said == sorted(said)
         alone = with_text(rollout_of([[464]], [ids], 50256), gpt2)
