@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from apportion.data.answers import answer
-from apportion.data.apps import ANY_LENGTH, PRELUDE, Apps, CodeContests, Form, problem_of
+from apportion.data.apps import ANY_LENGTH, PRELUDE, Apps, CodeContests, problem_of
 from apportion.data.problem_sets import loads
 from apportion.data.problems import Problem
 from apportion.score.programs import run_many, run_tests
@@ -70,8 +70,8 @@ def row(**changes: Any) -> dict[str, Any]:
     return written | {"input_output": json.dumps(content), "difficulty": "interview", "starter_code": ""} | changes
 
 
-def problem(form: Form = "question", **changes: Any) -> Problem:
-    made = problem_of(row(**changes), form)
+def problem(form: str = "question", **changes: Any) -> Problem:
+    made = problem_of(row(**changes), form)  # type: ignore[arg-type]
     assert made is not None
     return made
 
