@@ -51,7 +51,7 @@ from apportion import (
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from parsers import write_stanza  # noqa: E402
+from small_stanza import write_stanza  # noqa: E402
 
 ROWS, TOKENS = 64, 512
 CONDITIONS = (

@@ -127,8 +127,13 @@ __all__ = [
     "with_text",
 ]
 
-# From light to heavy: a name is imported from the first that has it.
+# From light to heavy, the first without PyTorch: a name is imported from the first that has it.
 _HOMES = (
+    "credit.parse",
+    "parsing.parsers",
+    "data.problems",
+    "score.sandbox",
+    "score.programs",
     "masked",
     "batch",
     "credit.macro_actions",
@@ -140,18 +145,13 @@ _HOMES = (
     "credit.mixture",
     "credit.rewards",
     "credit.termination",
-    "credit.parse",
     "credit.delimiter",
     "credit.error_line",
     "credit.token_weights",
     "credit.assign",
-    "parsing.parsers",
     "parsing.conditions",
     "update.losses",
     "sampling",
-    "data.problems",
-    "score.sandbox",
-    "score.programs",
     "score.text",
     "score.function_reward",
     "score.program_tests",

@@ -113,15 +113,15 @@ def test_a_box_of_a_thread_that_ends_at_once_is_whole(backend: Marked) -> None:
 @each_backend
 def test_boxes_run_side_by_side_and_no_more_than_were_asked_for(backend: Marked) -> None:
     sleepy = ("import time; time.sleep(1); print(1)", Tests(inputs=[""], outputs=["1"]))
-    begin, most = time.monotonic(), 0
+    most = 0
     with ThreadPoolExecutor(1) as pool:
         outcomes = pool.submit(lambda: [*run_many([sleepy] * 9, backend=backend, workers=3)])
         while not outcomes.done():
-            most = max(most, len(backend.alive()))
-            time.sleep(0.05)
+            ours = {child.pid for child in psutil.Process().children()}
+            most = max(most, len(ours.intersection(backend.alive())))  # the process of a box that is our child
+            time.sleep(0.02)
     assert [outcome.passed for outcome in outcomes.result()] == [1] * 9
-    assert time.monotonic() - begin < 8
-    assert 3 <= most <= 3 * len(["bwrap", "bwrap, forked", "the first process", "the program"])
+    assert most == 3
 
 
 @that_promise("processes")
@@ -177,5 +177,5 @@ def test_memory_does_not_grow_with_programs(backend: Marked) -> None:
         gc.collect()
         return psutil.Process().memory_info().rss
 
-    before = resident(100)
-    assert resident(300) - before < 300 * 8 * 2**10  # 8 KB a program
+    before = resident(60)
+    assert resident(200) - before < 200 * 8 * 2**10  # 8 KB a program

@@ -17,7 +17,7 @@ HEAD = 'def f(x):\n    """a number, plus 3"""\n'
 PROBLEM = Problem(
     task_id="t", prompt=HEAD, head=HEAD, tests=Tests(inputs=[[1], [2], [-3]], outputs=[4, 5, 7], function="f")
 ).to_json()
-REWARD = ProgramTests(limits=Limits(wall_seconds=2, cpu_seconds=2))
+REWARD = ProgramTests(limits=Limits(wall_seconds=4, cpu_seconds=4))
 COMPLETIONS = {
     "    return x + 3\n": -0.3 + 1.3 * 2 / 3,
     "    return x * (\n": -1.0,

@@ -7,8 +7,6 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from apportion.credit.parse import ParseTree, Span
 
 Parse = Callable[[str], Sequence[ParseTree]]
@@ -121,6 +119,8 @@ class Benepar(Parser):
     @cached_property
     def _models(self) -> tuple[Any, Any, Any]:
         benepar, spacy = (_imported(name, "pip install 'apportion[benepar]'") for name in ("benepar", "spacy"))
+        from transformers import PreTrainedTokenizerBase  # here, for a process that parses begins ten times sooner so
+
         if not hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
             # benepar 0.2, the last there is, calls it; transformers 5 has it no more.
             setattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens", with_special_tokens)  # noqa: B010
