@@ -169,6 +169,16 @@ REFUSED = {
         "the reference has a vocabulary of 300 tokens, the policy of 512",
         "use models that share one",
     ),
+    "mapping for the parts of a mixture": (
+        f'{PPO} --credit.redistribution Mixture --credit.redistribution.parts {{"Terminal":0.5}}',
+        "--credit.redistribution.parts: {'Terminal': 0.5} is given",
+        "give a list such as [{redistribution: ..., weight: ...}, ...]",
+    ),
+    "mapping for lengths": (
+        f'{PPO} --credit.termination RandomizedNgram --credit.termination.lengths {{"a":1}}',
+        "--credit.termination.lengths: {'a': 1} is given",
+        "give a list",
+    ),
     "unknown schedule": (f"{PPO} --lr_scheduler_type foo", "lr_scheduler_type is 'foo'", "choose one of linear"),
     "unknown tracker": (f"{PPO} --log_with foo", "log_with is 'foo', which is not installed", "install it"),
     "file for a run folder": (f"{PPO} --output_dir TASK/prompts.jsonl", "prompts.jsonl cannot be written", "another"),

@@ -312,11 +312,12 @@ def _reason(message: str, options: Iterable[str]) -> str:
             reason = line
             break
     given = re.search(r"Given value: (.*)", message)
-    reason = _reworded(reason, given[1] if given else "", chosen, options)
+    setting = keys[-1] if keys else ""
+    reason = _reworded(reason, given[1] if given else "", chosen, setting, options)
     return f"--{'.'.join(keys)}: {reason}" if keys else reason
 
 
-def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> str:
+def _reworded(reason: str, value: str, chosen: str, setting: str, options: Iterable[str]) -> str:
     """Say one of jsonargparse's reasons with the value and the remedy."""
     if found := re.match(r"Expected a dot import path string: (.*)", reason):
         others = _classes() - {found[1]}  # which is a class, but of another kind, where it is among them
@@ -329,6 +330,8 @@ def _reworded(reason: str, value: str, chosen: str, options: Iterable[str]) -> s
         given = found[3] or value
         if found[1] in ("float", "int") and given in ("nan", "inf", "-inf"):
             return f"{given} is given; give a finite number"
+        if found[1] in ("tuple", "list"):
+            return f"{given} is given; give a list{_of_what(chosen, setting)}"
         return f"{given} is given; give {found[1] or f'one of {found[2]}'}"
     if found := re.match(r"the following arguments are required: (.*)", reason):
         return f"{found[1]} has no default; give it"
@@ -353,10 +356,17 @@ def _loaded() -> set[type]:
     return {value for value in classes if value.__module__.startswith("apportion.")}
 
 
-def _settings_of(path: str) -> list[str]:
-    """List the settings of a class."""
+def _settings_of(path: str) -> dict[str, Any]:
+    """List the settings of a class, with their types."""
     module, _, name = path.rpartition(".")
-    return list(get_type_hints(getattr(importlib.import_module(module), name)))
+    return get_type_hints(getattr(importlib.import_module(module), name))
+
+
+def _of_what(path: str, setting: str) -> str:
+    """Show what a list of a class's settings holds, where that has settings of its own."""
+    kinds = get_args(_settings_of(path).get(setting)) if path else ()
+    settings = [field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)]
+    return f" such as [{{{', '.join(f'{name}: ...' for name in settings)}}}, ...]" if settings else ""
 
 
 def _fail(program: str, message: str) -> int:
