@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apportion.masked import compact, is_last, last_index, masked_mean, masked_var, masked_whiten, ranks
+from apportion.masked import Packing, is_last, last_index, masked_mean, masked_var, masked_whiten, ranks
 from batches import mask_of
 
 NAN = torch.nan
@@ -68,11 +68,23 @@ def test_positions_are_those_of_the_row_without_padding(mask: Tensor) -> None:
         assert marks.nonzero()[:, 0].tolist() == valid[-1:]
 
 
-@given(masks)
-def test_compacting_keeps_order_and_is_undone_by_gathering(mask: Tensor) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+@given(mask=masks)
+def test_packing_keeps_order_and_is_undone_by_unpacking(looks: bool, mask: Tensor) -> None:
     x = torch.arange(1.0, mask.numel() + 1).view(mask.shape)
-    front = compact(x.masked_fill(~mask, NAN), mask)
+    packing = Packing(mask)
+    if not looks:  # as where the device is another one
+        packing._places = ranks(mask)
+    front = packing.pack(x.masked_fill(~mask, NAN))
     for row, entries, kept in zip(mask, x, front, strict=True):
         assert kept.tolist() == entries[row].tolist() + [0.0] * int((~row).sum())
-    if mask.shape[1]:
-        assert torch.equal(front.gather(1, ranks(mask).clamp(min=0))[mask], x[mask])
+    assert torch.equal(packing.unpack(front)[mask], x[mask])
+
+
+@pytest.mark.parametrize(
+    ("mask", "moved"), [([[1, 1, 0], [0, 0, 0]], False), ([[1, 1, 1]], False), ([[0, 1, 1]], True)]
+)
+def test_rows_without_holes_stay_where_they_are(mask: list, moved: bool) -> None:
+    packing = Packing(torch.tensor(mask).bool())
+    x = torch.randn(packing.mask.shape)
+    assert (packing.unpack(x) is not x) == moved

@@ -106,15 +106,43 @@ def is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
-def compact(x: Shaped[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
-    """Move the valid entries of each row to its front, in order, and fill the rest with zero.
+class Packing:
+    """The valid entries of each row moved to its front, and back.
+
+    Where nothing has to be moved, which is so for all rows without holes, nothing is; on a CPU alone, for elsewhere to
+    look would be to wait for the device.
 
     Args:
-        x: (B, T) any dtype.
         mask: (B, T) bool. True on valid entries, in any pattern.
-
-    Returns:
-        (B, T) same dtype. Entry j is the valid entry of rank j; `compact(x, mask).gather(1, ranks(mask))` undoes it.
     """
-    target = torch.where(mask, ranks(mask), mask.shape[1])
-    return torch.zeros_like(torch.nn.functional.pad(x, (0, 1))).scatter(1, target, x)[:, :-1]
+
+    def __init__(self, mask: Bool[Tensor, "B T"]) -> None:
+        """Find out where each entry goes."""
+        self.mask = mask
+        in_place = mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).any())
+        self._places = None if in_place else ranks(mask)
+
+    def pack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
+        """Move the valid entries of each row to its front, in order, and fill the rest with zero.
+
+        Args:
+            x: (B, T) any dtype.
+
+        Returns:
+            (B, T) same dtype. Entry j is the valid entry of rank j.
+        """
+        if self._places is None:
+            return x.masked_fill(~self.mask, 0)
+        target = torch.where(self.mask, self._places, x.shape[1])
+        return torch.zeros_like(torch.nn.functional.pad(x, (0, 1))).scatter(1, target, x)[:, :-1]
+
+    def unpack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
+        """Give each valid entry what stands at its rank.
+
+        Args:
+            x: (B, T) any dtype.
+
+        Returns:
+            (B, T) same dtype. Without meaning outside of the mask.
+        """
+        return x if self._places is None else x.gather(1, self._places.clamp(min=0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion.batch import AttentionRequest, Needs, Rollout, Scores
 from apportion.credit.redistribution import Redistribution, check_beta
-from apportion.masked import compact, is_last, ranks
+from apportion.masked import Packing, is_last
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class PolicyAttention(Redistribution):
 
 def _shifted(weights: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Move each weight to the next valid token; the first gets 0, and the last one's is lost."""
-    earlier = torch.nn.functional.pad(compact(weights, mask), (1, 0))[:, :-1]
-    return earlier.gather(1, ranks(mask).clamp(min=0))
+    packing = Packing(mask)
+    return packing.unpack(torch.nn.functional.pad(packing.pack(weights), (1, 0))[:, :-1])
 
 
 def _by_weights(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.batch import Rollout
-from apportion.masked import ranks
+from apportion.masked import Packing, ranks
 
 
 def _signed(x: int) -> int:
@@ -49,12 +49,12 @@ def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None =
         (B, T) int64. On such a column the number of another one of the row, each once; elsewhere some column.
     """
     mask = rollout.response_mask if mask is None else mask
-    count, place = mask.shape[1], ranks(mask).clamp(min=0)
-    keys = row_keys(rollout, count, seed).gather(1, place)
+    count, packing = mask.shape[1], Packing(mask)
+    keys = packing.unpack(row_keys(rollout, count, seed))
     random = torch.where(mask, keys >> 24, 2**39)  # what is not valid comes last
     row = torch.arange(len(mask), device=mask.device)[:, None]
     order = (random + (row << 41)).flatten().argsort().view(mask.shape) - row * count
-    return order.gather(1, place)
+    return packing.unpack(order)
 
 
 def row_keys(rollout: Rollout, count: int, seed: int) -> Int[Tensor, "B count"]:

@@ -12,13 +12,13 @@ from numbers import Integral
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.batch import Rollout
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.row_keys import permutations, row_keys
-from apportion.masked import compact, is_last, ranks
+from apportion.masked import Packing, is_last, ranks
 
 
 def check_whole(name: str, number: object) -> None:
@@ -196,14 +196,12 @@ class Perplexity(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
-        mask = rollout.response_mask
-        surprise = compact(-rollout.ref_logprobs.float(), mask)
-        opens = (
-            _rises(surprise, mask.sum(1, keepdim=True))
-            if self.variant == "token"
-            else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
-        )
-        return _closing_before(opens, mask, ahead=2 if self.early else 1)
+        packing = Packing(rollout.response_mask)
+        surprise = packing.pack(-rollout.ref_logprobs.float())
+        opens = _rises(surprise) if self.variant == "token" else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
+        if self.early:
+            opens = torch.nn.functional.pad(opens & packing.pack(packing.mask), (0, 1))[:, 1:]
+        return _closing_before(opens, packing)
 
 
 @dataclass(frozen=True)
@@ -239,9 +237,8 @@ class Entropy(TerminationCondition):
         """Mark the tokens before which the policy was unsure, and the last valid token."""
         self.check(rollout)
         assert rollout.entropies is not None  # checked above; for the type checker
-        return _closing_before(
-            compact(rollout.entropies > self.threshold, rollout.response_mask), rollout.response_mask
-        )
+        packing = Packing(rollout.response_mask)
+        return _closing_before(packing.pack(rollout.entropies > self.threshold), packing)
 
 
 @dataclass(frozen=True)
@@ -271,15 +268,14 @@ class LowProbability(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the tokens before which an unlikely one was drawn, and the last valid token."""
         least = math.log(self.threshold) if self.threshold else -math.inf
-        return _closing_before(compact(rollout.old_logprobs < least, rollout.response_mask), rollout.response_mask)
+        packing = Packing(rollout.response_mask)
+        return _closing_before(packing.pack(rollout.old_logprobs < least), packing)
 
 
-def _closing_before(opens: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], ahead: int = 1) -> Bool[Tensor, "B T"]:
-    """Mark the tokens so many places before those that open, and the last; `opens` is of the valid tokens alone."""
-    places = ranks(mask)
-    last = places == places[:, -1:]  # and behind it
-    closes = torch.nn.functional.pad(opens, (0, 2))[:, ahead : ahead + mask.shape[1]]
-    return mask & (closes.gather(1, places.clamp(min=0)) | last)
+def _closing_before(opens: Bool[Tensor, "B T"], packing: Packing) -> Bool[Tensor, "B T"]:
+    """Mark the tokens before those that open, which are packed; what is behind the last one opens too."""
+    closes = torch.nn.functional.pad(opens | ~packing.pack(packing.mask), (0, 1), value=True)[:, 1:]
+    return packing.mask & packing.unpack(closes)
 
 
 @dataclass(frozen=True)
@@ -313,14 +309,13 @@ class ShuffledBoundaries(TerminationCondition):
         permuted = torch.where(exists, lengths.gather(1, permutations(rollout, self.seed, exists)), 0)
         ends = torch.where(exists, permuted.cumsum(1) - 1, mask.shape[1])
         closes = torch.nn.functional.pad(torch.zeros_like(mask), (0, 1)).scatter(1, ends, True)[:, :-1]
-        return mask & closes.gather(1, ranks(mask).clamp(min=0))
+        return mask & Packing(mask).unpack(closes)
 
 
-def _rises(surprise: Float[Tensor, "B T"], count: Int[Tensor, "B 1"]) -> Bool[Tensor, "B T"]:
-    """Mark the tokens that are harder to foresee than the one before."""
-    columns = torch.arange(surprise.shape[1], device=surprise.device)
-    previous = torch.nn.functional.pad(surprise, (1, 0))[:, : surprise.shape[1]]
-    return (surprise > previous) & (columns > 0) & (columns < count)
+def _rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Mark the tokens that are harder to foresee than the one before; without meaning in the filling."""
+    previous = torch.nn.functional.pad(surprise, (1, 0), value=math.inf)[:, : surprise.shape[1]]
+    return surprise > previous
 
 
 def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -329,7 +324,8 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     Blocks of tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the right block
     stay, but for those up to the first that exceeds the mean of the action which the left block leaves open. That is
     exact: inside an action of the right block the mean only falls from the first token on, and if that token did not
-    exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it.
+    exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
+    reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
 
     Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. Time is the first
     axis here, which keeps short blocks as quick as long ones.
@@ -337,15 +333,18 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     rows, width = surprise.shape
     length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
     filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
-    exact = filled.double().T.contiguous()
+    exact = filled.T.to(torch.float64, memory_format=torch.contiguous_format)
     level = exact - filled.cumsum(1, dtype=torch.float64).T.contiguous()  # -P_t, P_t the sum before t
     columns = torch.arange(length, device=surprise.device)[:, None]
     line = torch.addcmul(level, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
     small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
     blocks = (length // BLOCK, BLOCK, rows)
-    opens = _mean_rises_in_blocks(exact.view(blocks)).view(length, rows)
-    begins = opens * (length - columns).to(small)  # counted from the end, so that the first is the largest; 0 is none
-    opened = (opens * columns.to(small)).view(blocks).amax(1).double()  # the last beginning in each block
+    opens = _mean_rises_in_blocks(exact.view(blocks))
+    begins = opens.view(length, rows) * (length - columns).to(
+        small
+    )  # from the end: the first is the largest; 0 is none
+    opened = (opens * columns.to(small).view(-1, BLOCK, 1)).amax(1).double()  # the last beginning in each block
+    kept = torch.full((len(opens), rows), length, dtype=small, device=surprise.device)  # nothing before it stays
     span = BLOCK
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
@@ -353,10 +352,10 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
         rises = torch.addcmul(height, slope, left[:, None], value=-1) > level.gather(0, left.long())[:, None]
         first = (right * rises).amax(1)
-        right *= right <= first[:, None]
+        kept.view(pairs[0], 2, -1, rows)[:, 1].clamp_(max=first[:, None])
         opened = torch.where(first > 0, own, left)
         span *= 2
-    return (begins[:width] > 0).T.contiguous()
+    return (opens & (begins.view(blocks) <= kept[:, None])).view(length, rows)[:width].T
 
 
 BLOCK = 16
