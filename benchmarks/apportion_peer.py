@@ -74,7 +74,7 @@ def main(work: Workload, methods: list[str]) -> None:
             raise RuntimeError(f"credit was assigned by {config}, while the turn is that of {trainer.args.credit}")
         return assign(rollout, scores, config, **more)
 
-    vars(host)["assign_credit"] = assign_as_named
+    setattr(host, "assign_credit", assign_as_named)  # noqa: B010 - for the type checker
     meter.watch(trainer, "respond", "generation")
     meter.watch(trainer, "complete", "forwards")
     meter.watch(trainer, "score", "forwards")

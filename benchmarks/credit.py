@@ -111,6 +111,7 @@ def loops(rows: int, tokens: int, n: int) -> Task:
                     attention=[],
                     prefix_scores=[],
                     policy_attention=[],
+                    error_tokens=[],
                 ),
                 options,
             )

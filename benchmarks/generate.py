@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from workload import VOCABULARY, Workload, policy, scorer, tokenizer
 
-from apportion.batch import Prompts
+from apportion.batch import AttentionRequest, Needs, Prompts
 from apportion.models import Policy
 from apportion.rollout import Responses, sample
 from apportion.sampling import Sampling
@@ -47,6 +48,7 @@ def precision(bf16: bool) -> AbstractContextManager:
 def samplers(new: int, bf16: bool) -> dict[str, Callable[[], object]]:
     """Prepare both ways to draw responses of a length."""
     model, prompts = policy(Workload()).eval(), random_prompts()
+    host: Any = model  # LlamaForCausalLM.generate is not known to the type checker
     ours = Policy(model, (1,))
     uniforms = torch.rand(ROWS, new, generator=torch.Generator().manual_seed(3))
     options = {"do_sample": True, "max_new_tokens": new, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -57,7 +59,7 @@ def samplers(new: int, bf16: bool) -> dict[str, Callable[[], object]]:
 
     def generated() -> None:
         with precision(bf16):
-            model.generate(input_ids=prompts.prompt_ids, attention_mask=prompts.prompt_mask.long(), **options)
+            host.generate(input_ids=prompts.prompt_ids, attention_mask=prompts.prompt_mask.long(), **options)
 
     return {"sample": sampled, "generate": generated}
 
@@ -72,8 +74,8 @@ def rewards(new: int) -> dict[str, Callable[[], object]]:
     reward = RewardModel(scorer().requires_grad_(False), words, words)
     return {
         "score": lambda: reward(prompts, responses),
-        "score and attention": lambda: reward(prompts, responses, frozenset({"attention"})),
-        "score and prefix scores": lambda: reward(prompts, responses, frozenset({"prefix_scores"})),
+        "score and attention": lambda: reward(prompts, responses, Needs(attention=AttentionRequest())),
+        "score and prefix scores": lambda: reward(prompts, responses, Needs(prefix_scores=True)),
     }
 
 

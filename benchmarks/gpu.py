@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from workload import EOS, PAD, tokenizer
 
 from apportion import CreditConfig, Perplexity, Sampling, assign_credit, policy_loss, value_loss
-from apportion.batch import Prompts
+from apportion.batch import AttentionRequest, Prompts
 from apportion.logprobs import token_logprobs
 from apportion.models import Policy, inputs
 from apportion.rollout import sample
@@ -180,8 +180,8 @@ def reward_passes(reward: RewardModel, ids: Tensor, mask: Tensor) -> dict[str, T
         return maps[:, :, -1].float().mean(1)
 
     return {
-        "score": lambda: reward.read(ids, mask, frozenset()),
-        "score and attention row": lambda: reward.read(ids, mask, frozenset({"attention"})),
+        "score": lambda: reward.read(ids, mask, None, mask),
+        "score and attention row": lambda: reward.read(ids, mask, AttentionRequest(), mask),
         "eager": eager,
     }
 

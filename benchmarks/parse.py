@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def alone() -> Iterator[str]:
     text = ("The quick brown fox, jumped over the lazy dog and so on. " * 60)[: 4 * TOKENS]
     places = torch.arange(TOKENS) * 4
     text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
-    rollout = Rollout(**vars(rollout_of(torch.ones(ROWS, TOKENS, dtype=torch.long), mask)) | {"text": text_of})
+    rollout = replace(rollout_of(torch.ones(ROWS, TOKENS, dtype=torch.long), mask), text=text_of)
     for condition in CONDITIONS:
         yield f"| `{condition}` | {milliseconds(lambda c=condition: c(rollout), 100):.2f} |"
 

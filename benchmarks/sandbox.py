@@ -121,7 +121,7 @@ def in_a_row(programs: int) -> Iterator[str]:
     wrong = ("import os\nif os.fork(): os.kill(os.getpid(), 9)\nos.kill(os.getpid(), 19)", right[1])
     for mode, inner in modes().items():
         backend = Marked(inner, f"row-{secrets.token_hex(4)}")
-        [*run_many([right] * 20, backend=backend, workers=CORES)]  # what is made once is made
+        list(run_many([right] * 20, backend=backend, workers=CORES))  # what is made once is made
         before = state()
         pairs = [wrong if place % 10 == 9 else right for place in range(programs)]
         outcomes = run_many(pairs, Limits(wall_seconds=5), backend=backend, workers=CORES)
@@ -138,8 +138,8 @@ def state() -> tuple[int, int, int, int]:
 
 def held() -> Iterator[str]:
     sys.path.insert(0, str(ROOT / "tests"))
-    from conformance import EVIL, HONEST, wrong_ends  # pyright: ignore[reportMissingImports]
-    from ordinary_user import as_ordinary_user  # pyright: ignore[reportMissingImports]
+    from conformance import EVIL, HONEST, wrong_ends
+    from ordinary_user import as_ordinary_user
 
     found = {mode: wrong_ends(backend) for mode, backend in modes().items()}
     if os.geteuid() == 0:

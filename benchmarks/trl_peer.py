@@ -10,9 +10,9 @@ if json.loads(work_text)["bf16"]:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch --mixed_precision bf16` sets it
 
 import torch  # noqa: E402
-import trl.experimental.ppo.ppo_trainer as host  # noqa: E402
+import trl.experimental.ppo.ppo_trainer as host  # noqa: E402  # pyright: ignore[reportMissingImports]
 from datasets import Dataset  # noqa: E402
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402  # pyright: ignore[reportMissingImports]
 from workload import Meter, Pace, Workload, policy, prompts, scorer, tokenizer  # noqa: E402
 
 

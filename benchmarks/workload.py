@@ -57,6 +57,7 @@ class Workload:
 
 def config() -> LlamaConfig:
     """The model's shape."""
+    one_label: Any = {"num_labels": 1}
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -69,7 +70,7 @@ def config() -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        num_labels=1,
+        **one_label,
     )
 
 
@@ -78,7 +79,8 @@ def policy(work: Workload) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config()).eval()
     head = nn.Linear(256, VOCABULARY)
-    head.weight = model.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings()
+    head.weight = embeddings.weight
     nn.init.zeros_(head.bias)
     chance = 0 if work.mean_length is None else 1 / work.mean_length
     with torch.no_grad():
