@@ -119,8 +119,13 @@ class Packing:
     def __init__(self, mask: Bool[Tensor, "B T"]) -> None:
         """Find out where each entry goes."""
         self.mask = mask
-        in_place = mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).any())
+        in_place = mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).count_nonzero())
         self._places = None if in_place else ranks(mask)
+
+    @property
+    def packed_mask(self) -> Bool[Tensor, "B T"]:
+        """The mask of what is packed: as many at the front of each row as are valid."""
+        return self.mask if self._places is None else self.pack(self.mask)
 
     def pack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
         """Move the valid entries of each row to its front, in order, and fill the rest with zero.

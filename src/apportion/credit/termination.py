@@ -200,7 +200,7 @@ class Perplexity(TerminationCondition):
         surprise = packing.pack(-rollout.ref_logprobs.float())
         opens = _rises(surprise) if self.variant == "token" else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
         if self.early:
-            opens = torch.nn.functional.pad(opens & packing.pack(packing.mask), (0, 1))[:, 1:]
+            opens = torch.nn.functional.pad(opens & packing.packed_mask, (0, 1))[:, 1:]
         return _closing_before(opens, packing)
 
 
@@ -274,7 +274,7 @@ class LowProbability(TerminationCondition):
 
 def _closing_before(opens: Bool[Tensor, "B T"], packing: Packing) -> Bool[Tensor, "B T"]:
     """Mark the tokens before those that open, which are packed; what is behind the last one opens too."""
-    closes = torch.nn.functional.pad(opens | ~packing.pack(packing.mask), (0, 1), value=True)[:, 1:]
+    closes = torch.nn.functional.pad(opens | ~packing.packed_mask, (0, 1), value=True)[:, 1:]
     return packing.mask & packing.unpack(closes)
 
 
@@ -355,7 +355,7 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         kept.view(pairs[0], 2, -1, rows)[:, 1].clamp_(max=first[:, None])
         opened = torch.where(first > 0, own, left)
         span *= 2
-    return (opens & (begins.view(blocks) <= kept[:, None])).view(length, rows)[:width].T
+    return (opens & (begins.view(blocks) <= kept[:, None])).view(length, rows)[:width].T.contiguous()
 
 
 BLOCK = 16
