@@ -170,12 +170,12 @@ REFUSED = {
         "use models that share one",
     ),
     "mapping for the parts of a mixture": (
-        f'{PPO} --credit.redistribution Mixture --credit.redistribution.parts {{"Terminal":0.5}}',
+        f"{PPO} --credit.redistribution Mixture --credit.redistribution.parts '{{Terminal: 0.5}}'",
         "--credit.redistribution.parts: {'Terminal': 0.5} is given",
         "give a list such as [{redistribution: ..., weight: ...}, ...]",
     ),
     "mapping for lengths": (
-        f'{PPO} --credit.termination RandomizedNgram --credit.termination.lengths {{"a":1}}',
+        f"{PPO} --credit.termination RandomizedNgram --credit.termination.lengths '{{a: 1}}'",
         "--credit.termination.lengths: {'a': 1} is given",
         "give a list",
     ),

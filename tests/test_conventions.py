@@ -16,7 +16,19 @@ PACKAGE = ROOT / "src" / "apportion"
 
 # Left to right. A module imports from its own layer and from those on its left.
 LAYERS = (
-    *("masked", "batch", "streams", "data", "sampling", "logprobs", "microbatches", "models", "rollout", "score"),
+    *(
+        "masked",
+        "batch",
+        "streams",
+        "data",
+        "sampling",
+        "logprobs",
+        "microbatches",
+        "models",
+        "pretrained",
+        "rollout",
+        "score",
+    ),
     *("credit", "parsing", "update", "train", "evaluate", "recipes", "stages", "quickstart", "control", "cli"),
     "__main__",
 )

@@ -1,7 +1,6 @@
 """Policy and critic answer as the Hugging Face models do, for every family, in chunks, and without dropout."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 import apportion.logprobs
 from apportion.models import (
@@ -17,8 +16,6 @@ from apportion.models import (
     Policy,
     adapters_off,
     hidden_states,
-    load_policy,
-    load_scorer,
     score_head,
     scorer_from_policy,
     without_dropout,
@@ -219,53 +216,6 @@ def test_a_critic_made_of_a_policy_has_its_trunk_and_says_zero() -> None:
 def test_a_critic_cannot_be_made_of_a_policy_with_adapters() -> None:
     with pytest.raises(ValueError, match="adapters"):
         scorer_from_policy(get_peft_model(causal("llama"), LORA))
-
-
-def test_a_saved_classifier_is_loaded_as_it_was(tmp_path: Path) -> None:
-    model = classifier("llama")
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(Critic(load_scorer(str(tmp_path)))(*texts()), Critic(model)(*texts()))
-
-
-def test_a_saved_language_model_is_loaded_as_a_scorer_that_says_zero(tmp_path: Path) -> None:
-    policy = causal("llama")
-    policy.save_pretrained(tmp_path)
-    scorer = load_scorer(str(tmp_path))
-    assert (Critic(scorer)(*texts()) == 0).all()
-    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
-    assert torch.equal(hidden_states(scorer, ids, mask), hidden_states(policy, ids, mask))
-
-
-def test_a_classifier_of_two_labels_is_refused(tmp_path: Path, tiny_config: LlamaConfig) -> None:
-    LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_config.to_dict() | {"num_labels": 2})).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ValueError, match="has 2 labels; give a sequence classifier with one"):
-        load_scorer(str(tmp_path))
-
-
-@pytest.mark.parametrize("load", [load_policy, load_scorer])
-def test_weights_that_would_have_to_be_unpickled_are_refused_in_a_line(load: Any, tmp_path: Path) -> None:
-    model = causal("llama")
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors") as refusal:
-        load(str(tmp_path))
-    assert "\n" not in str(refusal.value)
-
-
-def test_adapters_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> None:
-    causal("llama").save_pretrained(tmp_path / "base")
-    base = load_policy(str(tmp_path / "base"))
-    get_peft_model(base, LORA).save_pretrained(str(tmp_path / "adapters"))
-    weights = tmp_path / "adapters" / "adapter_model.safetensors"
-    load_policy(str(tmp_path / "adapters"))
-    torch.save({"x": torch.ones(1)}, weights.with_name("adapter_model.bin"))
-    weights.unlink()
-    with pytest.raises(ValueError, match="safetensors"):
-        load_policy(str(tmp_path / "adapters"))
 
 
 def test_a_model_without_a_linear_head_is_refused_by_name(policy: PreTrainedModel) -> None:

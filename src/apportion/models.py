@@ -8,110 +8,15 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from apportion.logprobs import token_logprobs
 from apportion.sampling import Sampling
-
-
-def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
-    """Load a causal language model from a folder or a hub name; safetensors only.
-
-    Args:
-        path: Folder or hub name.
-        dtype: "auto" for the dtype of the file, or the name of one.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: If its weights would have to be unpickled, or it is a classifier.
-    """
-    refuse_pickles(path)
-    check_policy(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
-
-
-def check_policy(path: str) -> None:
-    """Refuse, without loading weights, a model that writes no text: transformers would give it a random head for that.
-
-    Raises:
-        ValueError: If it was saved as a classifier.
-    """
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        return  # adapters, whose base is a causal language model
-    architectures: list[str] = AutoConfig.from_pretrained(path).architectures or []
-    if any("Classification" in name for name in architectures):
-        raise ValueError(f"{path} was saved as {architectures[0]}, which writes no text; give a causal language model")
-
-
-def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
-    """Load a reward model or a critic: a sequence classifier with one label; safetensors only.
-
-    A path to a causal language model gives its trunk with a new head.
-
-    Args:
-        path: Folder or hub name.
-        dtype: "auto" for the dtype of the file, or the name of one.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: If the model was saved with another number of labels, or its weights would have to be unpickled.
-    """
-    refuse_pickles(path)
-    has_head = is_scorer(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, use_safetensors=True)
-    if not has_head:
-        nn.init.zeros_(score_head(model).weight)
-    return model.eval()
-
-
-def is_scorer(path: str) -> bool:
-    """Tell, without loading weights, whether a model was saved as a sequence classifier.
-
-    Raises:
-        ValueError: If it was saved with another number of labels than one.
-    """
-    config = AutoConfig.from_pretrained(path)
-    found = any("SequenceClassification" in name for name in config.architectures or ())
-    if found and config.num_labels != 1:
-        raise ValueError(f"{path} has {config.num_labels} labels; give a sequence classifier with one")
-    return found
-
-
-def check_reward_model(path: str) -> None:
-    """Refuse, without loading weights, a model that would score everything alike.
-
-    Raises:
-        ValueError: If it was not saved as a sequence classifier with one label.
-    """
-    if not is_scorer(path):
-        raise ValueError(f"{path} was not saved as a sequence classifier, so it scores nothing; give a reward model")
-
-
-def refuse_pickles(path: str) -> None:
-    """Refuse what transformers would unpickle all the same: a folder without safetensors, and such adapters.
-
-    Raises:
-        ValueError: If a model's weights, or its adapters, are not safetensors.
-    """
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise ValueError(f"{path} holds no weights as safetensors; save the model again, pickled files are not opened")
-    missing_is_none: dict[str, Any] = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    has_adapters = cached_file(path, "adapter_config.json", **missing_is_none) is not None
-    if has_adapters and cached_file(path, "adapter_model.safetensors", **missing_is_none) is None:
-        raise ValueError(f"the adapters of {path} are not safetensors; save them again, pickled files are not opened")
 
 
 def scorer_from_policy(policy: nn.Module) -> PreTrainedModel:

@@ -58,6 +58,13 @@ def test_chat_messages_go_through_the_template_up_to_the_assistants_turn(tokeniz
     assert found.texts == [messages]
 
 
+def test_chat_messages_without_a_template_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        ValueError, match=r"the prompt of row 0 is a list of messages, but the tokenizer has no chat templ"
+    ):
+        encoded([[{"role": "the", "content": "good film"}]], tokenizer)
+
+
 def test_other_columns_stay_beside_their_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
     found = encoded([*TEXTS, "the " * 9], tokenizer, answer=[1, 2, 3, 4], completions=["a", "b", "c", "d"])
     assert found.batch([2, 0]).columns == {"answer": [3, 1]}

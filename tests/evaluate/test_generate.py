@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.batch import Prompts
-from apportion.models import Policy, load_policy
+from apportion.models import Policy
+from apportion.pretrained import load_policy
 from apportion.rollout import sample
 from apportion.sampling import Sampling
 from apportion.streams import generator

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from apportion.batch import Prompts
-from apportion.models import Policy, load_policy
+from apportion.models import Policy
+from apportion.pretrained import load_policy
 from apportion.rollout import sample
 from apportion.sampling import Sampling
 from apportion.streams import generator

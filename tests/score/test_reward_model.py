@@ -320,6 +320,7 @@ def test_a_function_gets_prompts_completions_and_columns_by_keyword(tokenizer: P
     ("answer", "message"),
     [
         ([1.0, 2.0, 3.0], "stars returned 3 scores for 4 responses"),
+        (None, "stars returned None; return a list of a number for each of the completions"),
         ([1.0, math.nan, 0.0, math.nan], r"stars returned nan for response 1 \(2 such of 4\)"),
         ([1.0, 2.0, math.inf, 0.0], "stars returned inf for response 2"),
         ([1.0, None, 0.0, 0.0], "stars returned None for response 1"),
@@ -327,9 +328,9 @@ def test_a_function_gets_prompts_completions_and_columns_by_keyword(tokenizer: P
     ],
 )
 def test_a_function_that_returns_something_else_than_a_number_a_response_is_refused_by_name(
-    answer: list, message: str, tokenizer: PreTrainedTokenizerFast
+    answer: Any, message: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    def stars(**_: list) -> list:
+    def stars(**_: list) -> Any:
         return answer
 
     with pytest.raises(ValueError, match=message):

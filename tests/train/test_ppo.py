@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -250,6 +251,38 @@ def test_two_seeds_give_different_first_rollouts_and_one_seed_the_same(tmp_path:
     first, again, other = (sampled(trainer(tmp_path, seed=seed), 0)[1].response_ids for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert first.tolist() != other.tolist()
+
+
+class StopAfter(TrainerCallback):
+    """Stop after so many updates."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, *given: Any, **_: Any) -> None:
+        _, state, control = given
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def test_a_reward_that_draws_repeats_with_the_seed_and_through_a_resume(tmp_path: Path) -> None:
+    """It may be a program, or a model with dropout of its own."""
+
+    def drawn(completions: list[str], **_: Any) -> list[float]:
+        # Not Python's own numbers too: the type checks of the tests draw from those.
+        return [float(np.random.rand()) + float(torch.rand(())) for _ in completions]
+
+    def ran(name: str, seed: int, stop: int | None = None) -> str:
+        np.random.seed(len(name))
+        torch.manual_seed(len(name))
+        for steps in filter(None, (stop, 3)):
+            roles = {"reward_model": drawn, "callbacks": [StopAfter(steps)]}
+            trainer(tmp_path / name, roles=roles, seed=seed, save_steps=1, resume=stop is not None).train()
+        return repr(metrics(tmp_path / name))
+
+    once = ran("once", 3)
+    assert ran("again", 3) == once
+    assert ran("other", 4) != once
+    assert ran("resumed", 3, stop=2) == once
 
 
 def test_two_updates_draw_from_different_numbers(tmp_path: Path) -> None:

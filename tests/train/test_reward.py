@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from apportion.data.files import Files
-from apportion.models import load_scorer
+from apportion.pretrained import load_scorer
 from apportion.train.reward import RewardRecipe, reward, reward_trainer
 
 NOUNS = ("film", "plot")

@@ -128,6 +128,11 @@ def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int
         if not ids:
             raise ValueError(f"the prompt of row {row} has no tokens; drop such rows")
         return ids[:-1] if closed else ids
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompt of row {row} is a list of messages, but the tokenizer has no chat template; give it one "
+            "(tokenizer.chat_template), or prompts that are text"
+        )
     chat: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)
     return list(chat["input_ids"])
 

@@ -7,7 +7,7 @@ from typing import Literal
 from apportion.data.functions import FunctionsData, write_functions
 from apportion.data.reviews import ReviewsData, write_reviews
 
-PLACES = {"reviews": "runs/quickstart/task", "functions": "runs/functions/task"}
+PLACES = {"reviews": "runs/reviews/task", "functions": "runs/functions/task"}
 """Where the recipes of a task look for it."""
 
 

@@ -13,7 +13,7 @@ from apportion.batch import Prompts
 from apportion.data.files import Files, Source
 from apportion.data.prompts import PromptSet, encode_prompts
 from apportion.evaluate.sampler import Sampler
-from apportion.models import check_reward_model, load_scorer
+from apportion.pretrained import check_reward_model, load_scorer
 from apportion.rollout import complete
 from apportion.sampling import Sampling
 from apportion.score.function_reward import FunctionReward, ScoringFunction

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion.batch import Prompts
-from apportion.models import Policy, load_policy
+from apportion.models import Policy
+from apportion.pretrained import load_policy
 from apportion.rollout import Responses, sample
 from apportion.sampling import Sampling
 from apportion.train.learner import end_tokens, tokenizer_of

@@ -90,7 +90,10 @@ class FunctionReward:
         """
         self.check(needs)
         texts, name = decode(self.tokenizer, prompts, responses), self.name
-        answer = list(self.function(prompts=prompts.texts, completions=texts, **prompts.columns))
+        answer: Any = self.function(prompts=prompts.texts, completions=texts, **prompts.columns)
+        if not isinstance(answer, Iterable):
+            raise ValueError(f"{name} returned {answer!r}; return a list of a number for each of the completions")
+        answer = list(answer)
         if len(answer) != len(texts):
             raise ValueError(f"{name} returned {len(answer)} scores for {len(texts)} responses")
         scores = torch.tensor([_number(score, row, name) for row, score in enumerate(answer)])

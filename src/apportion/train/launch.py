@@ -15,7 +15,7 @@ from apportion.data.files import Files, Source
 from apportion.data.humaneval import HumanEval
 from apportion.data.imdb import ImdbPairs, ImdbReviews
 from apportion.data.mbpp import Mbpp
-from apportion.models import check_policy, check_reward_model, refuse_pickles
+from apportion.pretrained import check_policy, check_reward_model, refuse_pickles
 from apportion.score.function_reward import RewardFunction, ScoringFunction
 from apportion.score.program_tests import ProgramTests
 from apportion.train.arguments import PPOArguments, to_yaml

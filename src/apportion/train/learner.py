@@ -1,12 +1,10 @@
 """Policy, critic and reference as a run begins with them, and as a checkpoint holds them."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,19 +13,10 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
-from apportion.models import (
-    Critic,
-    Policy,
-    adapters_off,
-    load_scorer,
-    score_head,
-    scorer_from_policy,
-    unwrapped,
-    without_dropout,
-)
+from apportion.models import Critic, Policy, adapters_off, score_head, scorer_from_policy, unwrapped, without_dropout
+from apportion.pretrained import base_of, config_of, load_scorer
 from apportion.train.arguments import PPOArguments
 from apportion.train.checkpoint import flatten_state, random_state, restore_state, set_random_state
 from apportion.update.ppo import Learner
@@ -181,7 +170,7 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     if not path:
         raise ValueError("the model came without a path; give its tokenizer as processing_class")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).partition(". ")[0]
         raise ValueError(f"{path} has no tokenizer that can be read; save one beside the model ({reason})") from error
@@ -213,9 +202,7 @@ def _vocabulary(model: str | nn.Module) -> int:
     """Count the tokens that a model knows."""
     if not isinstance(model, str):
         return unwrapped(model).config.get_text_config().vocab_size
-    adapters = find_adapter_config_file(model)
-    base = model if adapters is None else json.loads(Path(adapters).read_text())["base_model_name_or_path"]
-    return AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    return config_of(base_of(model)).get_text_config().vocab_size
 
 
 def open_accelerator(args: PPOArguments) -> Accelerator:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -13,7 +14,7 @@ from apportion.batch import NOTHING, Credit, Needs, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.credit.redistribution import needs_of
 from apportion.data.prompts import encode_prompts, indices_of
-from apportion.models import check_reward_model, load_policy, load_scorer
+from apportion.pretrained import check_reward_model, load_policy, load_scorer
 from apportion.rollout import Responses, complete, sample
 from apportion.score.attention import check_request
 from apportion.score.function_reward import FunctionReward, RewardFunction
@@ -155,6 +156,8 @@ class PPOTrainer:
         """Run the loop."""
         self._open()
         args = self.args
+        if self.counters["step"] == 0:  # for rewards and callbacks that draw: a run draws from streams of its own
+            set_seed(args.seed, device_specific=True)
         if self.counters["step"] == 0 and self.evaluation is not None and self._fresh:
             self._log(self.evaluation())
         with progress(args.num_steps, self.counters["step"], self.accelerator.is_main_process) as show:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from apportion.models import is_scorer
+from apportion.pretrained import is_scorer
 from apportion.train.hosted import (
     HostedRecipe,
     accepted_format,

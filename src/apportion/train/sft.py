@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from apportion.models import check_policy
+from apportion.pretrained import check_policy
 from apportion.train.hosted import (
     HostedRecipe,
     accepted_format,
