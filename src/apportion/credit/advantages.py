@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -110,6 +111,11 @@ class Earnings:
     macro_value: Pooling = "equal"
     macro_reward: Literal["sum", "mean"] = "sum"
 
+    @cached_property
+    def lengths(self) -> Int[Tensor, "B M"]:
+        """(B, M) int64. The tokens of each macro action; 0 where no such action exists."""
+        return macro_lengths(self.ids)
+
     def macro_rewards(self, inside: float = 1.0) -> Float[Tensor, "B M"]:
         """Pool the rewards of each macro action.
 
@@ -119,14 +125,18 @@ class Earnings:
         Returns:
             (B, M) float32. 0 where no such action exists.
         """
-        weights = 1.0 if self.macro_reward == "sum" else pooling_weights(self.ids, self.macro_value)
+        weights = 1.0 if self.macro_reward == "sum" else self._weights
         if inside != 1.0:
             weights = weights * torch.pow(inside, torch.where(self.ids >= 0, offsets(self.ids), 0).float())
         return sum_over_actions(self.rewards * weights, self.ids)
 
     def macro_values(self) -> Float[Tensor, "B M"]:
         """(B, M) float32. The pooled values of each macro action; 0 where no such action exists."""
-        return sum_over_actions(pooling_weights(self.ids, self.macro_value) * self.values, self.ids)
+        return sum_over_actions(self._weights * self.values, self.ids)
+
+    @cached_property
+    def _weights(self) -> Float[Tensor, "B T"]:
+        return pooling_weights(self.ids, self.macro_value, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -250,16 +260,15 @@ class GAE(AdvantageEstimator):
     def __call__(self, earned: Earnings) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """Estimate the advantage and the return of each token; see `AdvantageEstimator.__call__`."""
         steps, gamma, lam = earned.ids, self.gamma, self.lam
-        lengths = macro_lengths(steps)
         if self.per == "token":
-            gamma, lam = (torch.pow(number, lengths.float()) for number in (gamma, lam))
+            gamma, lam = (torch.pow(number, earned.lengths.float()) for number in (gamma, lam))
         if self.per == "boundary":
-            closes = offsets(steps) + 1 == to_tokens(lengths, steps)
+            closes = offsets(steps) + 1 == to_tokens(earned.lengths, steps)
             steps = every_token(steps)
             lam = torch.where(sum_over_actions(closes.long(), steps) > 0, lam, 1.0)
-            earned, lengths = replace(earned, ids=steps), macro_lengths(steps)
+            earned = replace(earned, ids=steps)
         rewards = earned.macro_rewards(self.gamma if self.per == "token" else 1.0)
-        advantages, returns = gae(rewards, earned.macro_values(), lengths > 0, gamma=gamma, lam=lam)
+        advantages, returns = gae(rewards, earned.macro_values(), earned.lengths > 0, gamma=gamma, lam=lam)
         return to_tokens(advantages, steps), to_tokens(returns, steps)
 
 

@@ -70,7 +70,7 @@ def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
     Returns:
         (B, M) int64, M = T. 0 where no such action exists, so that `macro_lengths(ids) > 0` is the mask of actions.
     """
-    return sum_over_actions(torch.ones_like(ids), ids)
+    return torch.zeros_like(ids).scatter_add(1, ids.clamp(min=0), (ids >= 0).to(ids.dtype))
 
 
 def offsets(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -86,7 +86,9 @@ def offsets(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return ranks(ids >= 0) - to_tokens(lengths.cumsum(1) - lengths, ids)
 
 
-def pooling_weights(ids: Int[Tensor, "B T"], pooling: Pooling) -> Float[Tensor, "B T"]:
+def pooling_weights(
+    ids: Int[Tensor, "B T"], pooling: Pooling, lengths: Int[Tensor, "B M"] | None = None
+) -> Float[Tensor, "B T"]:
     r"""Weigh the tokens of each macro action; the weights of an action sum to 1.
 
     With m tokens in the action, i = 0 .. m - 1 the place in it:
@@ -99,6 +101,7 @@ def pooling_weights(ids: Int[Tensor, "B T"], pooling: Pooling) -> Float[Tensor, 
     Args:
         ids: (B, T) int64. Macro action of each token, -1 outside the response.
         pooling: Which of the four.
+        lengths: (B, M) int64. `macro_lengths(ids)`, where that is known already.
 
     Returns:
         (B, T) float32. 0 outside the response.
@@ -109,10 +112,10 @@ def pooling_weights(ids: Int[Tensor, "B T"], pooling: Pooling) -> Float[Tensor, 
     Source:
         MA-RLHF, section 3.2 and appendix; `position_falling` is what its official code computes for `position`.
     """
-    lengths = to_tokens(macro_lengths(ids), ids).float()
+    own = to_tokens(macro_lengths(ids) if lengths is None else lengths, ids).float()
     if pooling == "equal":
-        return torch.where(ids >= 0, lengths.clamp(min=1).reciprocal(), 0)
-    ahead = lengths - offsets(ids)
+        return torch.where(ids >= 0, own.clamp(min=1).reciprocal(), 0)
+    ahead = own - offsets(ids)
     if pooling == "unit":
         return ((ids >= 0) & (ahead == 1)).float()
     if pooling not in ("position", "position_falling"):

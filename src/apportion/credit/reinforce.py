@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion.credit.advantages import AdvantageEstimator, Earnings, every_token, gae
 from apportion.credit.groups import Groups, check_group_size, of_responses
-from apportion.credit.macro_actions import macro_lengths, to_tokens
+from apportion.credit.macro_actions import to_tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ReinforcePlusPlus(AdvantageEstimator):
             centred = Groups.of(totals, exists, self.group_size).centred
             valid = earned.ids >= 0
             return torch.where(valid, centred.reshape(-1, 1), 0), torch.where(valid, totals[:, None], 0)
-        lengths = macro_lengths(earned.ids)
+        lengths = earned.lengths
         by_token = self.per == "token"
         gamma = torch.pow(self.gamma, lengths.float()) if by_token else self.gamma
         rewards = earned.macro_rewards(self.gamma if by_token else 1.0)

@@ -44,14 +44,14 @@ def step_weights(
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"loss_aggregation is {aggregation!r}; choose one of {', '.join(map(repr, AGGREGATIONS))}")
-    sizes: Float[Tensor, "B N"] | float = 1.0
-    if macro_ids is not None:
-        lengths = macro_lengths(macro_ids)
-        if aggregation == "action_mean":
-            return 1.0 if pooled else to_tokens(lengths, macro_ids).clamp(min=1).float().reciprocal()
-        sizes = lengths.float() if pooled else 1.0
-    elif pooled or aggregation == "action_mean":
+    if aggregation != "action_mean" and not pooled:
+        sizes: Float[Tensor, "B N"] | float = 1.0
+    elif macro_ids is None:
         raise ValueError(f"loss_aggregation {aggregation!r} needs macro_ids, which is None; pass Credit.macro_ids")
+    elif aggregation == "action_mean":
+        return 1.0 if pooled else to_tokens(macro_lengths(macro_ids), macro_ids).clamp(min=1).float().reciprocal()
+    else:
+        sizes = macro_lengths(macro_ids).float()
     return sizes / mask.sum(1, keepdim=True).clamp(min=1) if aggregation == "sequence_mean" else sizes
 
 
