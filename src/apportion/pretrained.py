@@ -71,7 +71,7 @@ def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
 
     Args:
         path: Folder or hub name.
-        dtype: "auto" for the dtype of the file, or the name of one.
+        dtype: As for `load_policy`.
 
     Returns:
         The model, in evaluation mode.

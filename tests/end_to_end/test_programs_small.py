@@ -11,7 +11,7 @@ from apportion.data.tasks import PLACES
 from command_line import apportion, metrics_but_times, read_jsonl, refusal
 
 SIZES = FunctionsData(sft=2048, prompts=256, prompts_eval=96)
-SHORT = ("--num_steps", "8", "--batch_size", "32", "--eval_steps", "8", "--learning_rate", "1e-3")
+SHORT = ("--num_steps", "12", "--batch_size", "32", "--eval_steps", "12", "--learning_rate", "1e-3")
 CHOICE = ("--credit.termination", "CodeParse", "--credit.redistribution", "ErrorLine")
 
 
@@ -23,7 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         write_functions(PLACES["functions"], SIZES)
         for argv in (
-            ("sft", "--config", "programs-small", "--max_steps", "60"),
+            ("sft", "--config", "programs-small", "--max_steps", "100"),
             ("ppo", "--config", "programs-small", *SHORT, *CHOICE),
             (
                 *("generate", "--config", "programs-small", "--num_prompts", "8"),

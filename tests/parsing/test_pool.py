@@ -91,15 +91,14 @@ def test_each_text_is_parsed_once_and_the_latest_are_remembered(
     assert str(os.getpid()) not in (tmp_path / "asked").read_text()
 
 
-def test_parsing_goes_on_while_this_process_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
-    pool = ParserPool(parsers.number_of_process, workers=1)
-    pool.submit(["a text", "another one"])
-    deadline = time.monotonic() + 60
-    while "another one" not in (text := (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""):
-        assert time.monotonic() < deadline, text  # and nothing was collected
-        time.sleep(0.02)
-    assert len(pool.collect(["a text", "another one"])) == 2
+def test_parsing_goes_on_while_this_process_works() -> None:
+    pool = ParserPool(parsers.Slow(seconds=0.5), workers=1)
+    pool.open()
+    pool.submit(["a text"])
+    time.sleep(1)
+    begin = time.perf_counter()
+    pool.collect(["a text"])
+    assert time.perf_counter() - begin < 0.25
     pool.close()
 
 
@@ -111,7 +110,7 @@ def test_close_ends_the_processes_and_the_pool_can_go_on() -> None:
     pool.close()
     pool.close()
     assert not children()
-    assert time.perf_counter() - begin < 50  # what is being parsed, and what is left, is not waited for
+    assert time.perf_counter() - begin < 4  # what is being parsed, and what is left, is not waited for
     pool.parser = parsers.pairs
     assert pool.collect(["text 0"]) == {"text 0": tuple(parsers.pairs("text 0"))}
     pool.close()

@@ -113,7 +113,7 @@ def test_a_box_of_a_thread_that_ends_at_once_is_whole(backend: Marked) -> None:
 @each_backend
 def test_boxes_run_side_by_side_and_no_more_than_were_asked_for(backend: Marked) -> None:
     sleepy = ("import time; time.sleep(1); print(1)", Tests(inputs=[""], outputs=["1"]))
-    most = 0
+    begin, most = time.monotonic(), 0
     with ThreadPoolExecutor(1) as pool:
         outcomes = pool.submit(lambda: [*run_many([sleepy] * 9, backend=backend, workers=3)])
         while not outcomes.done():
@@ -121,6 +121,7 @@ def test_boxes_run_side_by_side_and_no_more_than_were_asked_for(backend: Marked)
             most = max(most, len(ours.intersection(backend.alive())))  # the process of a box that is our child
             time.sleep(0.02)
     assert [outcome.passed for outcome in outcomes.result()] == [1] * 9
+    assert time.monotonic() - begin < 8
     assert most == 3
 
 
@@ -177,5 +178,5 @@ def test_memory_does_not_grow_with_programs(backend: Marked) -> None:
         gc.collect()
         return psutil.Process().memory_info().rss
 
-    before = resident(60)
-    assert resident(200) - before < 200 * 8 * 2**10  # 8 KB a program
+    before = resident(100)
+    assert resident(300) - before < 300 * 8 * 2**10  # 8 KB a program
