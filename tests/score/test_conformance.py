@@ -132,18 +132,34 @@ def test_boxes_do_not_share_their_limit_of_processes(backend: Marked) -> None:
     assert [outcome.passed for outcome in outcomes] == [1] * 4
 
 
-@that_promise("end")
-def test_a_killed_parent_leaves_nothing_behind(backend: Marked) -> None:
+def parent_of(backend: Marked, first: str = "") -> list[str]:
+    """A command that runs a program without end, after some first lines."""
     inner = next(name for name, known in BACKENDS.items() if known is backend.inner)
     code = (
-        f"import sys; sys.path[:0] = {[*sys.path, str(Path(__file__).parent)]!r}\n"
+        f"import os, sys; sys.path[:0] = {[*sys.path, str(Path(__file__).parent)]!r}\n"
         "from test_conformance import BACKENDS, Marked, Tests, run_tests\n"
+        "from apportion.score import sandbox\n"
+        f"{first}\n"
         f"backend = Marked(BACKENDS[{inner!r}], {backend.word!r})\n"
         "run_tests('while True: pass', Tests(inputs=[''], outputs=['']), backend=backend)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+    return [sys.executable, "-c", code]
+
+
+@that_promise("end")
+def test_a_killed_parent_leaves_nothing_behind(backend: Marked) -> None:
+    with subprocess.Popen(parent_of(backend)) as parent:
         assert until(lambda: len(backend.alive()) >= 2)
         parent.kill()
+    assert until(lambda: not backend.alive(), 5)
+
+
+@that_promise("end")
+@pytest.mark.parametrize("reached", ["_first_process", "_modules", "_received"])
+def test_a_parent_killed_while_a_box_is_made_leaves_nothing_behind(reached: str, backend: Marked) -> None:
+    """Before it knows the first process, before it has sent a job, and before the job has begun."""
+    command = parent_of(backend, f"sandbox.{reached} = lambda *_: os.kill(os.getpid(), 9)")
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert until(lambda: not backend.alive(), 5)
 
 

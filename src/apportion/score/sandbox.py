@@ -155,7 +155,7 @@ class Bubblewrap(Backend):
         binds += [(path, f"/packages/{number}") for number, path in enumerate(paths)]
         return [
             *(self.program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
-            *("--as-pid-1", "--die-with-parent", "--new-session", "--clearenv", "--info-fd", str(info)),
+            *("--as-pid-1", "--new-session", "--clearenv", "--info-fd", str(info)),  # the runner dies with its parent
             *(rights if self.as_root else ("--unshare-user", "--disable-userns", "--cap-drop", "ALL")),
             *(word for path in ("/usr", "/packages", "/dev") for word in ("--perms", "0755", "--dir", path)),
             *(word for pair in binds for word in ("--ro-bind", *pair)),
@@ -277,12 +277,17 @@ class Sandbox:
             _end(process, first)
 
     def _started(self) -> tuple[subprocess.Popen, int]:
-        """Start a box; return its process, and where it tells of its first process."""
+        """Start a box; return its process, and where it tells of its first process.
+
+        If this process is killed meanwhile, the box is still made, finds that nobody sends it a job, and ends.
+        bubblewrap must neither be killed (`--die-with-parent`) nor fail to tell (so it holds both ends of the pipe):
+        its child would wait for ever.
+        """
         told, inside = os.pipe()
         pipe = subprocess.PIPE
         try:
             command = self.backend.command(self.limits, inside)
-            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside,)), told
+            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside, told)), told
         except BaseException:
             os.close(told)
             raise

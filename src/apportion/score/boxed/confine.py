@@ -41,12 +41,17 @@ def confine(files: list[int], user: int | None, limits: Mapping[str, Any], bpf: 
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     _limit(limits)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user clears it
+    die_with_parent()  # only now: a change of user clears it
     _prctl(PR_SET_DUMPABLE, 0)
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     buffer = ctypes.create_string_buffer(bpf, len(bpf))
     program = _Program(len(bpf) // 8, ctypes.addressof(buffer))
     _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit(limits: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import solver, tester
-from .confine import confine
+from .confine import confine, die_with_parent
 from .frames import HEADER, Broken, read_frame, write_frame
 
 ANY_LENGTH = 2**31
@@ -198,12 +198,19 @@ class Runner:
         return "output" if "stdout" in children[0].full else "exit"
 
     def _step(self, children: list[Child], begin: float) -> str:
-        """Wait for something and read it; say if a limit is reached."""
+        """Wait for something and read it; say if a limit is reached.
+
+        Raises:
+            Broken: If whoever sent the job is gone: they sent all there is, and hold the pipe until they have its end.
+        """
         left = min(begin + self.limits["wall_seconds"], self.deadline) - time.monotonic()
         if left <= 0:
             return "timeout"
         owners = {file: child for child in children for file in child.files()}
-        for file in select.select([*owners], [], [], left)[0]:
+        ready = select.select([0, *owners], [], [], left)[0]
+        if 0 in ready:
+            raise Broken("nobody waits for an answer")
+        for file in ready:
             owners[file].take(file)
         return "output" if any("stdout" in child.full for child in children) else ""
 
@@ -265,6 +272,8 @@ def _ending(code: int) -> str:
 
 def main() -> None:
     """Do the job, and end: the box ends with its first process."""
+    if os.getpid() == 1:
+        die_with_parent()  # bubblewrap, outside
     try:
         job = json.loads(read_frame(0, ANY_LENGTH))
         runner = Runner(job)
