@@ -103,14 +103,20 @@ def is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     Returns:
         (B, T) bool. At most one True a row.
     """
+    if _are_in_place(mask):
+        return mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
     return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+
+
+def _are_in_place(mask: Bool[Tensor, "B T"]) -> bool:
+    """Whether all rows are known to be without holes; on a CPU, for elsewhere to look would be to wait for it."""
+    return mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).count_nonzero())
 
 
 class Packing:
     """The valid entries of each row moved to its front, and back.
 
-    Where nothing has to be moved, which is so for all rows without holes, nothing is; on a CPU alone, for elsewhere to
-    look would be to wait for the device.
+    Where nothing has to be moved, which is so for all rows without holes, nothing is, on a CPU.
 
     Args:
         mask: (B, T) bool. True on valid entries, in any pattern.
@@ -119,13 +125,17 @@ class Packing:
     def __init__(self, mask: Bool[Tensor, "B T"]) -> None:
         """Find out where each entry goes."""
         self.mask = mask
-        in_place = mask.device.type == "cpu" and not bool((mask[:, 1:] > mask[:, :-1]).count_nonzero())
-        self._places = None if in_place else ranks(mask)
+        self._places = None if _are_in_place(mask) else ranks(mask)
 
     @property
     def packed_mask(self) -> Bool[Tensor, "B T"]:
         """The mask of what is packed: as many at the front of each row as are valid."""
         return self.mask if self._places is None else self.pack(self.mask)
+
+    @property
+    def ranks(self) -> Int[Tensor, "*B T"]:
+        """`ranks(mask)`, one row for all where nothing is moved; meaningful on the mask alone."""
+        return torch.arange(self.mask.shape[1]) if self._places is None else self._places
 
     def pack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
         """Move the valid entries of each row to its front, in order, and fill the rest with zero.

@@ -31,8 +31,8 @@ def macro_ids(closes: Bool[Tensor, "B T"], response_mask: Bool[Tensor, "B T"]) -
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.1.
     """
-    closes = closes & response_mask
-    return (closes.cumsum(1) - closes.long()).masked_fill(~response_mask, -1)
+    before = torch.nn.functional.pad(closes & response_mask, (1, 0))[:, : closes.shape[1]]
+    return before.cumsum(1).masked_fill_(~response_mask, -1)
 
 
 def sum_over_actions(x: Shaped[Tensor, "B T"], ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B M"]:
@@ -70,7 +70,7 @@ def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
     Returns:
         (B, M) int64, M = T. 0 where no such action exists, so that `macro_lengths(ids) > 0` is the mask of actions.
     """
-    return torch.zeros_like(ids).scatter_add(1, ids.clamp(min=0), (ids >= 0).to(ids.dtype))
+    return torch.zeros_like(ids).scatter_add_(1, ids.clamp(min=0), (ids >= 0).to(ids.dtype))
 
 
 def offsets(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.batch import Rollout
-from apportion.masked import Packing, ranks
+from apportion.masked import Packing
 
 
 def _signed(x: int) -> int:
@@ -37,8 +37,8 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:
     """Draw a random permutation of the valid response tokens of each row, or of other columns.
 
-    All rows are sorted as one sequence, the row in the high bits: torch sorts that several times as fast as many short
-    rows. Of the random bits 40 are left; among 512 tokens two keys agree once in eight million rows.
+    All rows are sorted as one sequence, the row in the high bits, which torch sorts faster than many rows. Of the random
+    bits 40 are left; among 512 tokens two keys agree once in eight million rows.
 
     Args:
         rollout: The rows.
@@ -71,7 +71,7 @@ def row_keys(rollout: Rollout, count: int, seed: int) -> Int[Tensor, "B count"]:
     start = _signed(seed * _GOLDEN + _FIRST)
     state = rollout.response_ids.new_full((len(rollout.response_ids),), start, dtype=torch.long)
     for ids, mask in (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask):
-        tokens = _mix(_mix(ids.long() + _GOLDEN) + ranks(mask))
-        state = _mix(state + torch.where(mask, tokens, 0).sum(1))
+        tokens = _mix(ids.long().bitwise_left_shift(32).add_(Packing(mask).ranks).add_(_GOLDEN))
+        state = _mix(state + tokens.mul_(mask).sum(1))
     steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN
     return _mix(state[:, None] + steps)

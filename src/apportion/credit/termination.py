@@ -18,7 +18,7 @@ from torch import Tensor
 from apportion.batch import Rollout
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.row_keys import permutations, row_keys
-from apportion.masked import Packing, is_last, ranks
+from apportion.masked import Packing, is_last
 
 
 def check_whole(name: str, number: object) -> None:
@@ -116,8 +116,9 @@ class FixedNgram(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark every n-th valid token, and the last."""
-        mask = rollout.response_mask
-        return mask & (ranks(mask) % self.n == self.n - 1) | is_last(mask)
+        packing = Packing(rollout.response_mask)
+        opens = torch.arange(packing.mask.shape[1], device=packing.mask.device) % self.n == 0
+        return _closing_before(opens.expand_as(packing.mask), packing)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class RandomizedNgram(TerminationCondition):
         total = sum(self.lengths) * self.repeats
         ends = deck[row_keys(rollout, len(deck), self.seed).argsort(1)].cumsum(1)
         is_end = mask.new_zeros(len(mask), total + 2).scatter(1, ends, True)
-        return mask & is_end.gather(1, (ranks(mask) + 1).clamp(0, total + 1)) | is_last(mask)
+        places = (Packing(mask).ranks + 1).clamp(0, total + 1).expand_as(mask)
+        return mask & is_end.gather(1, places) | is_last(mask)
 
 
 @dataclass(frozen=True)
@@ -305,10 +307,12 @@ class ShuffledBoundaries(TerminationCondition):
         """Mark the ends of the permuted actions."""
         mask = rollout.response_mask
         lengths = macro_lengths(macro_ids(self.inner(rollout) | is_last(mask), mask))
+        if lengths.device.type == "cpu":  # elsewhere to look how many there are would be to wait for the device
+            lengths = lengths[:, : int(lengths.any(0).count_nonzero())]
         exists = lengths > 0
-        permuted = torch.where(exists, lengths.gather(1, permutations(rollout, self.seed, exists)), 0)
-        ends = torch.where(exists, permuted.cumsum(1) - 1, mask.shape[1])
-        closes = torch.nn.functional.pad(torch.zeros_like(mask), (0, 1)).scatter(1, ends, True)[:, :-1]
+        permuted = lengths.gather(1, permutations(rollout, self.seed, exists))
+        ends = (permuted.cumsum(1) - 1).masked_fill_(~exists, mask.shape[1])  # which come last
+        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, True)[:, :-1]
         return mask & Packing(mask).unpack(closes)
 
 
