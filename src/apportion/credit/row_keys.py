@@ -37,8 +37,8 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:
     """Draw a random permutation of the valid response tokens of each row, or of other columns.
 
-    All rows are sorted as one sequence, the row in the high bits, which torch sorts faster than many rows. Of the random
-    bits 40 are left; among 512 tokens two keys agree once in eight million rows.
+    All rows are sorted as one sequence, the row in the high bits, which torch sorts faster than many rows. Of the
+    random bits 40 are left; among 512 tokens two keys agree once in eight million rows.
 
     Args:
         rollout: The rows.

@@ -35,6 +35,7 @@ from apportion.train.learner import (
     tokenizer_of,
     with_adapters,
 )
+from apportion.train.memory import kept_memory
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
 from apportion.train.reading import begins_with_last, with_policy_attention
@@ -149,7 +150,7 @@ class PPOTrainer:
                 checkpoint is written first).
             Diverged: If too many steps in a row had a loss or gradient that was not finite.
         """
-        with self.termination:
+        with self.termination, kept_memory():
             self._train()
 
     def _train(self) -> None:
