@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.batch import Prompts
+from apportion.evaluate.sampler import Sampler
 from apportion.models import Policy
 from apportion.pretrained import load_policy
 from apportion.rollout import sample
@@ -52,6 +53,17 @@ def sampled_ids(task: Path) -> list[tuple[list[int], list[int]]]:
         answer = sample(policy, prompts, sampling, uniforms[row : row + 1], pad_id=0)
         ids.append((prompt[0].tolist(), answer.response_ids[0][answer.response_mask[0]].tolist()))
     return ids
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_no_accelerator_is_asked_for_where_there_is_none(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch 2.6 that is an error."""
+
+    def refuse() -> None:
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", refuse)
+    assert Sampler(str(task / "stories"), Sampling()).device == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("here")

@@ -28,7 +28,9 @@ class Sampler:
     def __init__(self, model: str, sampling: Sampling, *, bf16: bool = False) -> None:
         self.sampling, self.bf16 = sampling, bf16
         self.tokenizer = tokenizer_of(model)
-        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        # Up to torch 2.6 to ask for an accelerator is an error where there is none.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = found or torch.device("cpu")
         self.policy = self.load(model)
 
     def load(self, model: str) -> Policy:
