@@ -132,34 +132,40 @@ def test_boxes_do_not_share_their_limit_of_processes(backend: Marked) -> None:
     assert [outcome.passed for outcome in outcomes] == [1] * 4
 
 
-def parent_of(backend: Marked, first: str = "") -> list[str]:
-    """A command that runs a program without end, after some first lines."""
+def parent(backend: Marked, first: str = "") -> subprocess.Popen:
+    """Start a process that runs a program without end, after some first lines; its own command lacks the word."""
     inner = next(name for name, known in BACKENDS.items() if known is backend.inner)
     code = (
-        f"import os, sys; sys.path[:0] = {[*sys.path, str(Path(__file__).parent)]!r}\n"
+        f"import os, sys, time; sys.path[:0] = {[*sys.path, str(Path(__file__).parent)]!r}\n"
         "from test_conformance import BACKENDS, Marked, Tests, run_tests\n"
         "from apportion.score import sandbox\n"
         f"{first}\n"
-        f"backend = Marked(BACKENDS[{inner!r}], {backend.word!r})\n"
+        f"backend = Marked(BACKENDS[{inner!r}], os.environ['WORD'])\n"
         "run_tests('while True: pass', Tests(inputs=[''], outputs=['']), backend=backend)\n"
     )
-    return [sys.executable, "-c", code]
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "WORD": backend.word})
 
 
 @that_promise("end")
 def test_a_killed_parent_leaves_nothing_behind(backend: Marked) -> None:
-    with subprocess.Popen(parent_of(backend)) as parent:
+    with parent(backend) as killed:
         assert until(lambda: len(backend.alive()) >= 2)
-        parent.kill()
+        killed.kill()
     assert until(lambda: not backend.alive(), 5)
 
 
 @that_promise("end")
+@pytest.mark.parametrize("forks", [False, True], ids=["alone", "with-a-child"])
 @pytest.mark.parametrize("reached", ["_first_process", "_modules", "_received"])
-def test_a_parent_killed_while_a_box_is_made_leaves_nothing_behind(reached: str, backend: Marked) -> None:
-    """Before it knows the first process, before it has sent a job, and before the job has begun."""
-    command = parent_of(backend, f"sandbox.{reached} = lambda *_: os.kill(os.getpid(), 9)")
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+def test_a_parent_killed_while_a_box_is_made_leaves_nothing_behind(reached: str, forks: bool, backend: Marked) -> None:
+    """Before it knows the first process, before it has sent a job, and before the job has begun.
+
+    A child that it has forked lives on for a while, and holds its pipes.
+    """
+    kill = "os.kill(os.getpid(), 9)"
+    first = f"sandbox.{reached} = lambda *_: {f'{kill} if os.fork() else time.sleep(10)' if forks else kill}"
+    with parent(backend, first) as killed:
+        assert killed.wait() == -signal.SIGKILL
     assert until(lambda: not backend.alive(), 5)
 
 

@@ -31,11 +31,18 @@ MODULES = ("__init__", "frames", "plain", "confine", "solver", "tester", "runner
 """What runs in a box, in the order of its imports: of apportion nothing else."""
 
 START = """
-import marshal, os, sys
+import marshal, os, select, sys
+
+caller, *others = map(int, sys.argv.pop().split(","))
+os.dup2(caller, 3)
+for file in {caller, *others} - {3}:
+    os.close(file)
 
 def read(size):
     content = b""
     while len(content) < size:
+        if 3 in select.select([0, 3], [], [])[0]:
+            sys.exit("the caller is gone")
         content += os.read(0, size - len(content)) or sys.exit("nothing was sent")
     return content
 
@@ -48,7 +55,8 @@ sys.modules["boxed.runner"].main()
 """
 """The first process of a box, for `python -I -S -c`: it is sent its modules, compiled already, which halves its start.
 
-Arguments are folders that programs may import from.
+Arguments are folders that programs may import from, and at last descriptors: of the caller, whose end is that of the
+box, which becomes 3, and of what is to be closed.
 """
 
 LONGEST_MESSAGE = 2**31
@@ -155,7 +163,7 @@ class Bubblewrap(Backend):
         binds += [(path, f"/packages/{number}") for number, path in enumerate(paths)]
         return [
             *(self.program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
-            *("--as-pid-1", "--new-session", "--clearenv", "--info-fd", str(info)),  # the runner dies with its parent
+            *("--as-pid-1", "--new-session", "--clearenv", "--info-fd", str(info)),  # the runner dies with it
             *(rights if self.as_root else ("--unshare-user", "--disable-userns", "--cap-drop", "ALL")),
             *(word for path in ("/usr", "/packages", "/dev") for word in ("--perms", "0755", "--dir", path)),
             *(word for pair in binds for word in ("--ro-bind", *pair)),
@@ -279,20 +287,24 @@ class Sandbox:
     def _started(self) -> tuple[subprocess.Popen, int]:
         """Start a box; return its process, and where it tells of its first process.
 
-        If this process is killed meanwhile, the box is still made, finds that nobody sends it a job, and ends.
-        bubblewrap must neither be killed (`--die-with-parent`) nor fail to tell (so it holds both ends of the pipe):
-        its child would wait for ever.
+        The box is told of the caller by a pidfd, for its pipes may live on in processes that the caller forked. If the
+        caller is killed meanwhile the box is still made, finds that, and ends. bubblewrap must neither be killed
+        (`--die-with-parent`) nor fail to tell (so it holds both ends of the pipe): its child would wait for ever.
         """
+        caller = os.pidfd_open(os.getpid())
         told, inside = os.pipe()
         pipe = subprocess.PIPE
         try:
-            command = self.backend.command(self.limits, inside)
-            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(inside, told)), told
+            command = [*self.backend.command(self.limits, inside), f"{caller},{told}"]
+            return subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(caller, told, inside)
+            ), told
         except BaseException:
             os.close(told)
             raise
         finally:
             os.close(inside)
+            os.close(caller)
 
     def _messages(self, process: subprocess.Popen, job: Job) -> Iterator[dict[str, Any]]:
         """Send a job, and read what comes of it."""

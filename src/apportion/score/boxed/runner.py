@@ -15,7 +15,7 @@ from typing import Any
 
 from . import solver, tester
 from .confine import confine, die_with_parent
-from .frames import HEADER, Broken, read_frame, write_frame
+from .frames import CALLER, HEADER, Broken, read_frame, write_frame
 
 ANY_LENGTH = 2**31
 STDERR_KEPT = 4096
@@ -98,7 +98,7 @@ class Runner:
 
     def scripts(self) -> None:
         """Run the program once for each input, and tell what it printed."""
-        for text in json.loads(read_frame(0, ANY_LENGTH))["tests"]:
+        for text in json.loads(read_frame(0, ANY_LENGTH, of_caller=True))["tests"]:
             given = os.memfd_create("stdin")
             os.write(given, text.encode("utf-8", "surrogatepass"))
             os.lseek(given, 0, os.SEEK_SET)
@@ -144,7 +144,7 @@ class Runner:
 
         program = Child(work, {"stdin": nothing, "asked": asked[0], "answered": answered[1]}, self.most)
         # Only now are the tests read: the program's process was forked before.
-        tests = self.job | json.loads(read_frame(0, ANY_LENGTH))
+        tests = self.job | json.loads(read_frame(0, ANY_LENGTH, of_caller=True))
 
         def test(files: list[int]) -> None:
             nothing = os.open("/dev/null", os.O_RDWR)
@@ -201,14 +201,14 @@ class Runner:
         """Wait for something and read it; say if a limit is reached.
 
         Raises:
-            Broken: If whoever sent the job is gone: they sent all there is, and hold the pipe until they have its end.
+            Broken: If the caller is gone.
         """
         left = min(begin + self.limits["wall_seconds"], self.deadline) - time.monotonic()
         if left <= 0:
             return "timeout"
         owners = {file: child for child in children for file in child.files()}
-        ready = select.select([0, *owners], [], [], left)[0]
-        if 0 in ready:
+        ready = select.select([CALLER, *owners], [], [], left)[0]
+        if CALLER in ready:
             raise Broken("nobody waits for an answer")
         for file in ready:
             owners[file].take(file)
@@ -275,7 +275,7 @@ def main() -> None:
     if os.getpid() == 1:
         die_with_parent()  # bubblewrap, outside
     try:
-        job = json.loads(read_frame(0, ANY_LENGTH))
+        job = json.loads(read_frame(0, ANY_LENGTH, of_caller=True))
         runner = Runner(job)
         runner.scripts() if job["mode"] == "scripts" else runner.calls()
     except Broken:
