@@ -330,6 +330,16 @@ def resolved(*argv: object) -> dict:
     return yaml.safe_load(shown.out)
 
 
+@pytest.mark.parametrize("pattern", ["[.!?]", r"[\n]", "#", "null", "a: b", "5", r"\n\n", "x=y", '"quoted"'])
+@pytest.mark.parametrize("is_one_word", [False, True])
+def test_text_of_a_class_is_taken_as_it_is(pattern: str, is_one_word: bool) -> None:
+    """And not as YAML, in which a class of characters is a list."""
+    flag = "--credit.termination.pattern"
+    words = [f"{flag}={pattern}"] if is_one_word else [flag, pattern]
+    argv = ["ppo", "--model=m", "--reward_model=r", "--data.path=p", "--credit.termination=Delimiter", *words]
+    assert resolved(*argv)["credit"]["termination"]["init_args"] == {"pattern": pattern}
+
+
 def write_yaml(path: Path, content: object) -> Path:
     path.write_text(yaml.safe_dump(content))
     return path

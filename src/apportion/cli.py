@@ -207,7 +207,12 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
             done.append(f"{flag}=true")
         else:
             taken = 0 if not flag or "=" in flag else 1
-            done += [flag, *words[:taken]] if flag else []
+            name, _, value = flag.partition("=") if not taken else (flag, "", words[0] if words else "")
+            if _is_text_of_a_class(name, settings) and value:
+                holder, _, attribute = name.rpartition(".")
+                done.append(f"{holder.removesuffix('.init_args')}.init_args={json.dumps({attribute: value})}")
+            else:
+                done += [flag, *words[:taken]] if flag else []
             alone += words[taken:]
     if command.positional and alone:
         items = f"--{command.positional}" in lists
@@ -244,9 +249,20 @@ def _is_inside_a_class(flag: str, settings: type) -> bool:
 
 def _may_be_a_switch(flag: str) -> bool:
     """Tell whether a class has a switch of this name, or a class of the user's may, which is not loaded yet."""
-    name = flag.rpartition(".")[2]
-    kinds = [hints[name] for kind in _loaded() if is_dataclass(kind) and name in (hints := get_type_hints(kind))]
+    kinds = _kinds_of(flag)
     return not kinds or any(map(_is_switch, kinds))
+
+
+def _is_text_of_a_class(flag: str, settings: type) -> bool:
+    """Tell whether a flag is text in every class that has it, which then is not to be read as YAML: `[.!?]`, `#`."""
+    kinds = _kinds_of(flag) if _is_inside_a_class(flag, settings) else []
+    return bool(kinds) and all(kind is str for kind in kinds)
+
+
+def _kinds_of(flag: str) -> list[Any]:
+    """List the types that settings of this name have in the classes that are loaded."""
+    name = flag.rpartition(".")[2]
+    return [hints[name] for kind in _loaded() if is_dataclass(kind) and name in (hints := get_type_hints(kind))]
 
 
 def _is_group(kind: Any) -> bool:

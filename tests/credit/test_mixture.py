@@ -216,6 +216,9 @@ def test_any_callable_can_be_shuffled() -> None:
         ("termination", FixedNgram, r"termination is <class .*; give an instance, FixedNgram\(...\)"),
         ("advantage", "GRPO", r"advantage is 'GRPO'; give an instance, GRPO\(...\)"),
         ("advantage", 3, "advantage is 3; give GAE"),
+        ("termination", 5, r"termination is 5; give a callable \(rollout\) -> \(B, T\) bool"),
+        ("termination", None, "termination is None; give a callable"),
+        ("value_smoothing", 5, "value_smoothing is 5; give a callable"),
     ],
 )
 def test_a_class_or_a_name_in_place_of_an_instance_is_refused(name: str, value: Any, message: str) -> None:

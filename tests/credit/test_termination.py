@@ -25,6 +25,7 @@ from apportion import (
 )
 from apportion.credit.assign import segment
 from apportion.credit.macro_actions import macro_lengths
+from apportion.credit.row_keys import permutations
 from batches import mask_of, mask_of_lengths, padded, random_rollout, spoiled, without_type_checks
 
 CONDITIONS: tuple[TerminationCondition, ...] = (
@@ -275,6 +276,30 @@ def test_a_response_without_end_or_without_tokens_is_segmented() -> None:
         assert ids[1].tolist() == [-1, -1, -1]
 
 
+@every_condition
+@pytest.mark.parametrize("width", [0, 1, 17, 40])
+def test_a_batch_without_rows_is_segmented(condition: TerminationCondition, width: int) -> None:
+    assert condition(random_rollout(torch.ones(0, width, dtype=torch.bool))).shape == (0, width)
+
+
+def test_a_length_beyond_the_response_costs_no_memory() -> None:
+    rollout = random_rollout(mask_of_lengths(30, 7))
+    closes = RandomizedNgram(lengths=(3, 10**18), repeats=4)(rollout)
+    capped = RandomizedNgram(lengths=(3, 31), repeats=4)(rollout)
+    assert torch.equal(closes, capped)
+    assert closes.sum() >= 2
+
+
+def test_what_draws_with_one_seed_draws_independently() -> None:
+    """Lengths are not dealt in the order in which `Shuffled` would place as many shares."""
+    rollout = random_rollout(torch.ones(500, 78, dtype=torch.bool))
+    dealt = RandomizedNgram(lengths=tuple(range(1, 13)), repeats=1)(rollout)
+    lengths = macro_lengths(macro_ids(dealt, rollout.response_mask))[:, :12]
+    first = torch.zeros_like(rollout.response_mask)
+    first[:, :12] = True
+    assert (lengths != permutations(rollout, 0, first)[:, :12] + 1).any(1).all()
+
+
 def test_a_row_does_not_take_the_boundaries_of_the_first() -> None:
     """ma-rlhf.md section 4 row 14: the official code read boundaries from row 0."""
     rollout = random_rollout(mask_of_lengths(3, 7))
@@ -292,11 +317,16 @@ def test_any_callable_is_a_condition() -> None:
     [
         (lambda rollout: rollout.response_mask.long(), r"has dtype torch.int64 .*; return \(B, T\) bool"),
         (lambda rollout: rollout.response_mask[:1], r"shape \(1, 4\); return \(B, T\) bool, here \(2, 4\)"),
+        (lambda rollout: rollout.response_mask[:, :1], r"shape \(2, 1\); return \(B, T\) bool, here \(2, 4\)"),
+        (lambda _: None, r"the termination returned is None; return \(B, T\) bool"),
     ],
 )
-def test_a_condition_that_answers_in_another_form_is_refused(answer, message: str) -> None:
-    with without_type_checks(), pytest.raises(ValueError, match=message):
-        segment(random_rollout(mask_of_lengths(4, 2)), CreditConfig(termination=answer))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_condition_that_answers_in_another_form_is_refused(answer, message: str, wrapped: bool) -> None:
+    with without_type_checks():
+        config = CreditConfig(termination=ShuffledBoundaries(answer) if wrapped else answer)
+        with pytest.raises(ValueError, match=message):
+            segment(random_rollout(mask_of_lengths(4, 2)), config)
 
 
 def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
@@ -322,6 +352,8 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
         (lambda: LowProbability(threshold=1.5), r"threshold is 1.5; choose a probability in \[0, 1\]"),
         (lambda: Perplexity(variant="mean"), "variant is 'mean'; choose 'token' or 'segment'"),  # pyright: ignore
         (lambda: Perplexity(variant="segment", early=True), "early is True with variant 'segment'"),
+        (lambda: ShuffledBoundaries(FixedNgram), r"inner is <class .*; give an instance, FixedNgram\(...\)"),  # pyright: ignore
+        (lambda: ShuffledBoundaries("Perplexity"), r"inner is 'Perplexity'; give an instance"),  # pyright: ignore
     ],
 )
 def test_settings_without_a_meaning_are_refused(make, message: str) -> None:

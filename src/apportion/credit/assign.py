@@ -26,7 +26,15 @@ from apportion.credit.redistribution import (
 )
 from apportion.credit.reinforce import ReinforcePlusPlus
 from apportion.credit.rewards import token_level_rewards
-from apportion.credit.termination import FixedNgram, Perplexity, RandomizedNgram, TerminationCondition
+from apportion.credit.termination import (
+    FixedNgram,
+    Perplexity,
+    RandomizedNgram,
+    TerminationCondition,
+    check_condition,
+    check_instance,
+    closes_of,
+)
 from apportion.credit.token_weights import token_weights
 from apportion.masked import Reduce, alone, is_last, masked_whiten
 
@@ -94,11 +102,10 @@ class CreditConfig:
 
     def _check_kinds(self) -> None:
         """Refuse a name or a class where one of its instances belongs."""
-        for name in ("termination", "advantage", "value_smoothing"):
-            value = getattr(self, name)
-            if isinstance(value, str | type):
-                kind = value if isinstance(value, str) else value.__name__
-                raise ValueError(f"{name} is {value!r}; give an instance, {kind}(...)")
+        check_condition("termination", self.termination)
+        if self.value_smoothing is not None:
+            check_condition("value_smoothing", self.value_smoothing)
+        check_instance("advantage", self.advantage)
         if not isinstance(self.advantage, AdvantageEstimator):
             raise ValueError(f"advantage is {self.advantage!r}; give GAE(...), or another AdvantageEstimator")
 
@@ -212,17 +219,8 @@ def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
         ValueError: If the condition answers in another form than (B, T) bool.
     """
     mask = rollout.response_mask
-    closes = _closes(config.termination, rollout)
+    closes = closes_of(config.termination, rollout)
     return macro_ids(closes | _second_to_last(mask) if config.last_token_apart else closes, mask)
-
-
-def _closes(condition: Condition, rollout: Rollout) -> Bool[Tensor, "B T"]:
-    """Ask a condition, which may be anybody's, and refuse an answer in another form than (B, T) bool."""
-    closes, shape = condition(rollout), rollout.response_mask.shape
-    if closes.dtype != torch.bool or closes.shape != shape:
-        answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
-        raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(shape)}")
-    return closes
 
 
 def _values(rollout: Rollout, smoothing: Condition | None) -> Float[Tensor, "B T"]:
@@ -230,7 +228,7 @@ def _values(rollout: Rollout, smoothing: Condition | None) -> Float[Tensor, "B T
     values = torch.where(rollout.response_mask, rollout.values.float(), 0)
     if smoothing is None:
         return values
-    ids = macro_ids(_closes(smoothing, rollout), rollout.response_mask)
+    ids = macro_ids(closes_of(smoothing, rollout), rollout.response_mask)
     return to_tokens(sum_over_actions(pooling_weights(ids, "equal") * values, ids), ids)
 
 

@@ -30,8 +30,8 @@ class ReinforcePlusPlus(AdvantageEstimator):
         per: Whether gamma counts actions or tokens.
 
     Raises:
-        ValueError: If gamma lies outside [0, 1] or is not 1 with groups, `per` is neither of the two, or `group_size`
-            is not a whole number of at least 1.
+        ValueError: If gamma lies outside [0, 1], `per` is neither of the two, one of them is given with groups, or
+            `group_size` is not a whole number of at least 1.
 
     Source:
         Hu, 2025 (https://arxiv.org/abs/2501.03262), section 3; verl, `compute_reinforce_plus_plus_*`.
@@ -50,6 +50,10 @@ class ReinforcePlusPlus(AdvantageEstimator):
             raise ValueError(f"per is {self.per!r}; choose 'action' or 'token'")
         if self.group_size > 1 and self.gamma != 1.0:
             raise ValueError(f"gamma is {self.gamma} with group_size {self.group_size}, which discounts nothing; use 1")
+        if self.group_size > 1 and self.per != "action":
+            raise ValueError(
+                f"per is {self.per!r} with group_size {self.group_size}, which has no discount; leave it out"
+            )
 
     @property
     def responses_per_prompt(self) -> int:

@@ -57,18 +57,19 @@ def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None =
     return packing.unpack(order)
 
 
-def row_keys(rollout: Rollout, count: int, seed: int) -> Int[Tensor, "B count"]:
+def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Tensor, "B count"]:
     """Draw `count` random 64-bit integers for each row.
 
     Args:
         rollout: The rows; their valid prompt and response tokens are read.
         count: Numbers a row.
         seed: Any integer; another seed gives other numbers.
+        stream: Tells apart what draws with one seed.
 
     Returns:
         (B, count) int64. Sorting random keys gives a random permutation.
     """
-    start = _signed(seed * _GOLDEN + _FIRST)
+    start = _signed(seed * _GOLDEN + _FIRST + stream * _SECOND)
     state = rollout.response_ids.new_full((len(rollout.response_ids),), start, dtype=torch.long)
     for ids, mask in (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask):
         tokens = _mix(ids.long().bitwise_left_shift(32).add_(Packing(mask).ranks).add_(_GOLDEN))

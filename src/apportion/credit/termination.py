@@ -7,6 +7,7 @@ Conditions that read text are in `delimiter` and in the package `parsing`.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -25,6 +26,39 @@ def check_whole(name: str, number: object) -> None:
     """Refuse what cannot count tokens: 2.5 would close an action nowhere, True would pass for 1."""
     if not isinstance(number, Integral) or isinstance(number, bool):
         raise ValueError(f"{name} is {number!r}, which counts no tokens; give a whole number, such as 5")
+
+
+def check_instance(name: str, value: object) -> None:
+    """Refuse a name or a class where one of its instances belongs."""
+    if isinstance(value, str | type):
+        kind = value if isinstance(value, str) else value.__name__
+        raise ValueError(f"{name} is {value!r}; give an instance, {kind}(...)")
+
+
+def check_condition(name: str, condition: object) -> None:
+    """Refuse what cannot be called with a rollout.
+
+    Raises:
+        ValueError: If it is no callable, or a class.
+    """
+    check_instance(name, condition)
+    if not callable(condition):
+        raise ValueError(f"{name} is {condition!r}; give a callable (rollout) -> (B, T) bool, such as FixedNgram(n=5)")
+
+
+def closes_of(condition: Callable[[Rollout], object], rollout: Rollout) -> Bool[Tensor, "B T"]:
+    """Ask a condition, which may be anybody's.
+
+    Raises:
+        ValueError: If it answers in another form than (B, T) bool.
+    """
+    closes, shape = condition(rollout), rollout.response_mask.shape
+    if not isinstance(closes, Tensor):
+        raise ValueError(f"what the termination returned is {closes!r}; return (B, T) bool, here {tuple(shape)}")
+    if closes.dtype != torch.bool or closes.shape != shape:
+        answer = f"has dtype {closes.dtype} and shape {tuple(closes.shape)}"
+        raise ValueError(f"what the termination returned {answer}; return (B, T) bool, here {tuple(shape)}")
+    return closes
 
 
 IMPOSSIBLE = 1e9
@@ -157,11 +191,12 @@ class RandomizedNgram(TerminationCondition):
         """Mark the ends of the shuffled lengths, and the last valid token."""
         mask = rollout.response_mask
         # Filled on the device: to copy a list there would wait for it.
-        deck = torch.cat([mask.new_full((self.repeats,), length, dtype=torch.long) for length in self.lengths])
-        total = sum(self.lengths) * self.repeats
-        ends = deck[row_keys(rollout, len(deck), self.seed).argsort(1)].cumsum(1)
-        is_end = mask.new_zeros(len(mask), total + 2).scatter(1, ends, True)
-        places = (Packing(mask).ranks + 1).clamp(0, total + 1).expand_as(mask)
+        last = min(sum(self.lengths) * self.repeats, mask.shape[1]) + 1  # no end behind it is looked up
+        counts = [mask.new_full((self.repeats,), min(length, last), dtype=torch.long) for length in self.lengths]
+        deck = torch.cat(counts)
+        ends = deck[row_keys(rollout, len(deck), self.seed, stream=1).argsort(1)].cumsum(1).clamp_(max=last)
+        is_end = mask.new_zeros(len(mask), last + 1).scatter_(1, ends, True)
+        places = (Packing(mask).ranks + 1).clamp(0, last).expand_as(mask)
         return mask & is_end.gather(1, places) | is_last(mask)
 
 
@@ -289,7 +324,10 @@ class ShuffledBoundaries(TerminationCondition):
 
     Attributes:
         inner: The condition whose actions are permuted.
-        seed: Another seed gives other permutations.
+        seed: Another seed gives other permutations; the same one as in `Shuffled` draws the same.
+
+    Raises:
+        ValueError: If `inner` is no condition.
 
     Source:
         Control for MA-RLHF (https://arxiv.org/abs/2410.02743): does it matter where macro actions end?
@@ -297,6 +335,10 @@ class ShuffledBoundaries(TerminationCondition):
 
     inner: TerminationCondition
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked."""
+        check_condition("inner", self.inner)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -306,7 +348,7 @@ class ShuffledBoundaries(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the ends of the permuted actions."""
         mask = rollout.response_mask
-        lengths = macro_lengths(macro_ids(self.inner(rollout) | is_last(mask), mask))
+        lengths = macro_lengths(macro_ids(closes_of(self.inner, rollout) | is_last(mask), mask))
         if lengths.device.type == "cpu":  # elsewhere to look how many there are would be to wait for the device
             lengths = lengths[:, : int(lengths.any(0).count_nonzero())]
         exists = lengths > 0
@@ -331,8 +373,9 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
     reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
 
-    Sums of float32 numbers are exact in float64, so that equal surprises never differ by rounding. Time is the first
-    axis here, which keeps short blocks as quick as long ones.
+    Sums are kept in float64, where those of float32 numbers are exact unless some are less than a millionth of others;
+    there a token that equals the mean may be taken to exceed it. Time is the first axis here, which keeps short blocks
+    as quick as long ones.
     """
     rows, width = surprise.shape
     length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
@@ -356,7 +399,7 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
         rises = torch.addcmul(height, slope, left[:, None], value=-1) > level.gather(0, left.long())[:, None]
         first = (right * rises).amax(1)
-        kept.view(pairs[0], 2, -1, rows)[:, 1].clamp_(max=first[:, None])
+        kept.view(pairs[0], 2, span // BLOCK, rows)[:, 1].clamp_(max=first[:, None])
         opened = torch.where(first > 0, own, left)
         span *= 2
     return (opens & (begins.view(blocks) <= kept[:, None])).view(length, rows)[:width].T.contiguous()

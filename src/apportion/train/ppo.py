@@ -150,7 +150,7 @@ class PPOTrainer:
                 checkpoint is written first).
             Diverged: If too many steps in a row had a loss or gradient that was not finite.
         """
-        with self.termination, kept_memory():
+        with self.termination, kept_memory(self.accelerator.device):
             self._train()
 
     def _train(self) -> None:
