@@ -64,8 +64,10 @@ CONDITIONS = (
     Entropy(),
     LowProbability(),
     Delimiter(r"\n"),
+    Delimiter(r"\. "),
     Delimiter(r"[.!?](?=\s)"),
     ShuffledBoundaries(FixedNgram()),
+    ShuffledBoundaries(Perplexity()),
     WholeResponse(),
 )
 
@@ -96,14 +98,18 @@ def rollout_of(ids: torch.Tensor, mask: torch.Tensor) -> Rollout:
 
 def alone() -> Iterator[str]:
     yield from ("", f"## {ROWS} rows of {TOKENS} tokens, milliseconds of processor time, median of 100", "")
-    yield from ("| condition | ms |", "|---|---|")
+    yield from ("| condition | whole rows | with holes, as tools leave them |", "|---|---|---|")
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    holes = mask.clone()
+    holes[:, 100:140] = False
     text = ("The quick brown fox, jumped over the lazy dog and so on. " * 60)[: 4 * TOKENS]
     places = torch.arange(TOKENS) * 4
     text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
-    rollout = replace(rollout_of(torch.ones(ROWS, TOKENS, dtype=torch.long), mask), text=text_of)
+    ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    rollouts = [replace(rollout_of(ids, valid), text=text_of) for valid in (mask, holes)]
     for condition in CONDITIONS:
-        yield f"| `{condition}` | {milliseconds(lambda c=condition: c(rollout), 100):.2f} |"
+        times = [milliseconds(lambda c=condition, r=rollout: c(r), 100) for rollout in rollouts]
+        yield f"| `{condition}` | {times[0]:.2f} | {times[1]:.2f} |"
 
 
 def programs(data: Path) -> Iterator[str]:
