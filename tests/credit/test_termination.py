@@ -288,6 +288,7 @@ def test_a_length_beyond_the_response_costs_no_memory() -> None:
     capped = RandomizedNgram(lengths=(3, 31), repeats=4)(rollout)
     assert torch.equal(closes, capped)
     assert closes.sum() >= 2
+    assert torch.equal(FixedNgram(n=10**30)(rollout), WholeResponse()(rollout))
 
 
 def test_what_draws_with_one_seed_draws_independently() -> None:

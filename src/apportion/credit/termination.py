@@ -151,7 +151,8 @@ class FixedNgram(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark every n-th valid token, and the last."""
         packing = Packing(rollout.response_mask)
-        opens = torch.arange(packing.mask.shape[1], device=packing.mask.device) % self.n == 0
+        width = packing.mask.shape[1]
+        opens = torch.arange(width, device=packing.mask.device) % min(self.n, width + 1) == 0
         return _closing_before(opens.expand_as(packing.mask), packing)
 
 
