@@ -129,7 +129,7 @@ def dense_maps(arguments: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def recorded(model: PreTrainedModel, family: str, layer: int) -> Iterator[dict[str, Any]]:
-    """Run a model under a recording kernel of its own name, which passes on to the family's ordinary one."""
+    """Run a model under a recording kernel of its own name: the family's ordinary one, which keeps its maps to itself."""
     seen: dict[str, Any] = {}
     kernel = sdpa_attention_forward
     if family in EAGER:
@@ -140,7 +140,7 @@ def recorded(model: PreTrainedModel, family: str, layer: int) -> Iterator[dict[s
     ) -> Any:
         if module.layer_idx == layer:
             seen.update(query=query, key=key, mask=mask, options=options)
-        return kernel(module, query, key, value, mask, **options)
+        return kernel(module, query, key, value, mask, **options)[0], None
 
     implementation = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS["recording"] = record

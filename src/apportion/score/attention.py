@@ -3,8 +3,8 @@
 Fast kernels (sdpa, flash, flex) never form the (T, T) map, and `output_attentions=True` gives an empty tuple under
 them. Attention-based credit needs one row of one layer only. `capture_row` therefore puts a tap around the attention
 function that the model looks up, in place and under its own name: masks are built per name, so a name of our own would
-lose them. The tap hands the queries, keys and mask of one module to `attention_row`, O(T d), and calls the original
-function with unchanged arguments.
+lose them. The tap calls the original function with unchanged arguments and hands the queries, keys and mask of one
+module to `attention_row`, O(T d). An eager function has formed the map anyway: there the row is the map's own.
 
 Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which reads the row from full eager maps.
 """
@@ -59,9 +59,19 @@ class Captured(ABC):
         key: Float[Tensor, "B G K D"],
         mask: Tensor | BlockMask | None,
         options: dict[str, Any],
+        result: Any = None,
     ) -> None:
-        """Compute the weights from the arguments of an attention function; a later call replaces an earlier one."""
-        self._weights = self.of_arguments(module, query, key, mask, options)
+        """Compute the weights from the call of an attention function; a later call replaces an earlier one.
+
+        Args:
+            module: The attention layer.
+            query: (B, H, Q, D) float.
+            key: (B, G, K, D) float.
+            mask: Any mask that transformers hands to a kernel.
+            options: The other keyword arguments of the call.
+            result: What the function returned, with or without its maps.
+        """
+        self._weights = self.of_call(module, query, key, mask, options, _maps_of(result, query, key))
 
     @torch.no_grad()
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
@@ -69,15 +79,16 @@ class Captured(ABC):
         self._weights = self.of_maps(maps)
 
     @abstractmethod
-    def of_arguments(
+    def of_call(
         self,
         module: nn.Module,
         query: Float[Tensor, "B H Q D"],
         key: Float[Tensor, "B G K D"],
         mask: Tensor | BlockMask | None,
         options: dict[str, Any],
+        maps: Float[Tensor, "B H Q K"] | None,
     ) -> Float[Tensor, "B K"]:
-        """Compute the weights from what an attention function is called with."""
+        """Compute the weights from what an attention function is called with, and from its maps if it forms them."""
 
     @abstractmethod
     def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
@@ -109,21 +120,26 @@ class CapturedRow(Captured):
         """
         return self.weights
 
-    def of_arguments(
+    def of_call(
         self,
         module: nn.Module,
         query: Float[Tensor, "B H Q D"],
         key: Float[Tensor, "B G K D"],
         mask: Tensor | BlockMask | None,
         options: dict[str, Any],
+        maps: Float[Tensor, "B H Q K"] | None,
     ) -> Float[Tensor, "B K"]:
-        """Compute the row of one query."""
+        """Compute the row of one query, or take it from the maps."""
         index = self._columns(query.shape[0], query.shape[2], query.device)
+        bias = mask_row(mask, module, index, query.shape[2], key.shape[2], options)
+        if maps is not None:
+            row = take_queries(maps, index[:, None], *maps.shape[2:])
+            return head_mean(row.masked_fill(bias[:, :, None] == -torch.inf, 0), self.heads)[:, 0]
         return attention_row(
             query,
             key,
             index,
-            mask_row(mask, module, index, query.shape[2], key.shape[2], options),
+            bias,
             heads=self.heads,
             scaling=options.get("scaling"),
             softcap=options.get("softcap"),
@@ -338,10 +354,18 @@ class _Tap:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        result = self.function(module, query, key, value, attention_mask, *args, **kwargs)
         captured = getattr(module, _CAPTURE, None)
         if captured is not None:
-            captured.observe(module, query, key, attention_mask, kwargs)
-        return self.function(module, query, key, value, attention_mask, *args, **kwargs)
+            captured.observe(module, query, key, attention_mask, kwargs, result)
+        return result
+
+
+def _maps_of(result: Any, query: Float[Tensor, "B H Q D"], key: Float[Tensor, "B G K D"]) -> Tensor | None:
+    """Return the maps that an attention function has formed; eager ones do, others return None or something smaller."""
+    maps = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    whole = (*query.shape[:3], key.shape[2])
+    return maps if isinstance(maps, Tensor) and maps.shape == whole else None
 
 
 @contextmanager

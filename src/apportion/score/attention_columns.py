@@ -42,30 +42,35 @@ class CapturedColumns(Captured):
         used = rows.any(0).nonzero()[:, 0].tolist()
         self._first, self._stop = (used[0], used[-1] + 1) if used else (0, 0)
 
-    def of_arguments(
+    def of_call(
         self,
         module: nn.Module,
         query: Float[Tensor, "B H Q D"],
         key: Float[Tensor, "B G K D"],
         mask: Tensor | BlockMask | None,
         options: dict[str, Any],
+        maps: Float[Tensor, "B H Q K"] | None,
     ) -> Float[Tensor, "B K"]:
-        """Add up blocks of rows; O(K) memory beside a block."""
+        """Add up blocks of rows, computed or taken from the maps; O(K) memory beside a block."""
         rows, keys = self._rows_of(query), key.shape[2]
         total, seen = torch.zeros(2, len(rows), keys, device=query.device)
         block = max(1, BLOCK // (query.shape[1] * total.numel()))
         for first in range(self._first, self._stop, block):
             index = torch.arange(first, min(first + block, self._stop), device=query.device).expand(len(rows), -1)
             bias = mask_rows(mask, module, index, query.shape[2], keys, options)
-            weights = attention_weights(
-                query[:, :, first : first + index.shape[1]],
-                key,
-                bias,
-                scaling=options.get("scaling"),
-                softcap=options.get("softcap"),
-                sinks=options.get("s_aux"),
-            )
-            counted = rows[:, first : first + index.shape[1], None]
+            block_of = slice(first, first + index.shape[1])
+            if maps is not None:
+                weights = maps[:, :, block_of].masked_fill(bias == -torch.inf, 0)
+            else:
+                weights = attention_weights(
+                    query[:, :, block_of],
+                    key,
+                    bias,
+                    scaling=options.get("scaling"),
+                    softcap=options.get("softcap"),
+                    sinks=options.get("s_aux"),
+                )
+            counted = rows[:, block_of, None]
             total += torch.where(counted, head_mean(weights, self.heads), 0).sum(1)
             seen += (counted & (bias > -torch.inf).any(1)).sum(1)
         return total / seen.clamp(min=1)
