@@ -129,7 +129,7 @@ def dense_maps(arguments: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def recorded(model: PreTrainedModel, family: str, layer: int) -> Iterator[dict[str, Any]]:
-    """Run a model under a recording kernel of its own name: the family's ordinary one, which keeps its maps to itself."""
+    """Run a model under a kernel of its own name that records: the family's ordinary one, which keeps its maps."""
     seen: dict[str, Any] = {}
     kernel = sdpa_attention_forward
     if family in EAGER:

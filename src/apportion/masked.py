@@ -130,7 +130,9 @@ class Packing:
     @property
     def packed_mask(self) -> Bool[Tensor, "B T"]:
         """The mask of what is packed: as many at the front of each row as are valid."""
-        return self.mask if self._places is None else self.pack(self.mask)
+        if self._places is None:
+            return self.mask
+        return torch.arange(self.mask.shape[1], device=self.mask.device) < self.mask.sum(1, keepdim=True)
 
     @property
     def ranks(self) -> Int[Tensor, "*B T"]:
@@ -149,7 +151,7 @@ class Packing:
         if self._places is None:
             return x.masked_fill(~self.mask, 0)
         target = torch.where(self.mask, self._places, x.shape[1])
-        return torch.zeros_like(torch.nn.functional.pad(x, (0, 1))).scatter(1, target, x)[:, :-1]
+        return x.new_zeros(len(x), x.shape[1] + 1).scatter_(1, target, x)[:, :-1]
 
     def unpack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
         """Give each valid entry what stands at its rank.

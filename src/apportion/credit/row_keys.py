@@ -37,8 +37,7 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:
     """Draw a random permutation of the valid response tokens of each row, or of other columns.
 
-    All rows are sorted as one sequence, the row in the high bits, which torch sorts faster than many rows. Of the
-    random bits 40 are left; among 512 tokens two keys agree once in eight million rows.
+    Where two of a row's keys agree in their 24 bits, in one of 130 rows of 512 tokens, those two keep their order.
 
     Args:
         rollout: The rows.
@@ -49,12 +48,23 @@ def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None =
         (B, T) int64. On such a column the number of another one of the row, each once; elsewhere some column.
     """
     mask = rollout.response_mask if mask is None else mask
-    count, packing = mask.shape[1], Packing(mask)
-    keys = packing.unpack(row_keys(rollout, count, seed))
-    random = torch.where(mask, keys >> 24, 2**39)  # what is not valid comes last
-    row = torch.arange(len(mask), device=mask.device)[:, None]
-    order = (random + (row << 41)).flatten().argsort().view(mask.shape) - row * count
-    return packing.unpack(order)
+    packing = Packing(mask)
+    keys = packing.unpack(row_keys(rollout, mask.shape[1], seed) >> 40).clamp_(max=2**23 - 2)
+    return packing.unpack(_order(keys.masked_fill_(~mask, 2**23 - 1)))  # what is not permuted comes last
+
+
+def _order(keys: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Sort each row of signed integers of 24 bits, and return which columns they came from.
+
+    On a CPU torch sorts a line of 2^15 and more integers in linear time, the sooner the shorter they are: there the
+    rows are put behind one another, with the number of the row in the high bits.
+    """
+    rows, width = keys.shape
+    if keys.numel() < 2**15:
+        return keys.argsort(dim=1, stable=True)
+    row = torch.arange(rows, device=keys.device)[:, None]
+    line = (keys + ((row << 24) + 2**23)).to(torch.int32 if rows <= 2**7 else torch.int64).flatten()
+    return line.argsort(stable=True).view(keys.shape) - row * width
 
 
 def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Tensor, "B count"]:
@@ -70,9 +80,14 @@ def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Te
         (B, count) int64. Sorting random keys gives a random permutation.
     """
     start = _signed(seed * _GOLDEN + _FIRST + stream * _SECOND)
-    state = rollout.response_ids.new_full((len(rollout.response_ids),), start, dtype=torch.long)
-    for ids, mask in (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask):
-        tokens = _mix(ids.long().bitwise_left_shift(32).add_(Packing(mask).ranks).add_(_GOLDEN))
-        state = _mix(state + tokens.mul_(mask).sum(1))
+    parts = (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask)
+    width = max(ids.shape[1] for ids, _ in parts)
+    # Odd weights: no token weighs nothing. A place weighs differently in the prompt and in the response.
+    weights = (_mix(torch.arange(2 * width, device=rollout.response_ids.device) * _GOLDEN) | 1).view(-1, 2).unbind(1)
+    sums = [
+        (ids.long() + 1).mul_(own[Packing(mask).ranks.clamp(min=0)]).mul_(mask).sum(1)
+        for (ids, mask), own in zip(parts, weights, strict=True)
+    ]
+    state = _mix(sums[0] + sums[1] + start)
     steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN
     return _mix(state[:, None] + steps)
