@@ -20,6 +20,7 @@ LAYERS = (
         "masked",
         "batch",
         "streams",
+        "bars",
         "data",
         "sampling",
         "logprobs",

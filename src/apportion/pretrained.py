@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from apportion.bars import quiet_bars
 from apportion.models import score_head
 
 MISSING_IS_NONE: dict[str, Any] = dict.fromkeys(
@@ -44,7 +45,8 @@ def load_policy(path: str, *, dtype: str = "auto") -> PreTrainedModel:
         ValueError: As `check_policy`.
     """
     check_policy(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **SAFE).eval()
+    with quiet_bars():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **SAFE).eval()
 
 
 def check_policy(path: str) -> None:
@@ -80,7 +82,8 @@ def load_scorer(path: str, *, dtype: str = "auto") -> PreTrainedModel:
         ValueError: As `is_scorer`.
     """
     has_head = is_scorer(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, **SAFE)
+    with quiet_bars() if has_head else _silent():  # that a new head is not in the file is no news
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, **SAFE)
     if not has_head:
         nn.init.zeros_(score_head(model).weight)
     return model.eval()
@@ -180,7 +183,7 @@ def _check_weights(kind: Any, path: str, *, made_up: tuple[str, ...] = (), **set
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Let transformers say nothing of a model that is only looked at."""
+    """Let transformers say nothing of weights that are missing."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from apportion.bars import quiet_bars
 from apportion.data.files import write_jsonl
 
 PAD, BOS, EOS, UNK = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -82,7 +83,8 @@ def write_start(
     """
     folder = Path(folder)
     tokenizer.save_pretrained(folder / "base")
-    small_llama(tokenizer, seed=seed).save_pretrained(folder / "base")
+    with quiet_bars():
+        small_llama(tokenizer, seed=seed).save_pretrained(folder / "base")
     for name, rows in datasets.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     return folder

@@ -8,17 +8,15 @@ containers and refuses everything else; a checkpoint whose weights are not safet
 import json
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from apportion.data.files import Files, Source
 from apportion.train.arguments import to_yaml
@@ -295,19 +293,3 @@ def check_rows(rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedToken
         raise ValueError(
             f"{' and '.join(columns)} hold chat messages, but the tokenizer has no chat template; give text, or set one"
         )
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Show the progress bars of `datasets` and `transformers` in a terminal only; leave the settings as they were."""
-    of_datasets, of_transformers = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if of_datasets:
-            enable_progress_bars()
-        if of_transformers:
-            logging.enable_progress_bar()

@@ -1,6 +1,7 @@
 """Policy, critic and reference as a run begins with them, and as a checkpoint holds them."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def with_adapters(model: nn.Module, config: Any, seed: int) -> nn.Module:
     """Put PEFT's adapters into a model; their random beginning is a function of the run's seed."""
     from peft import get_peft_model
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's own call
         torch.manual_seed(seed)
         inner: Any = model
         return get_peft_model(inner, config)

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from apportion.bars import quiet_bars
 from apportion.batch import NOTHING, Credit, Needs, Prompts, Rollout, Scores
 from apportion.credit.assign import assign_credit
 from apportion.credit.redistribution import needs_of
@@ -234,7 +235,8 @@ class PPOTrainer:
     def save_model(self, folder: str) -> None:
         """Save the policy, or its adapters, and the tokenizer as a Hugging Face folder."""
         policy = self.accelerator.unwrap_model(self.policy.module)
-        policy.model.save_pretrained(folder)
+        with quiet_bars():
+            policy.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _make_reward(

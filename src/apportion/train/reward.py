@@ -8,6 +8,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from apportion.bars import quiet_bars
 from apportion.pretrained import is_scorer
 from apportion.train.hosted import (
     HostedRecipe,
@@ -16,7 +17,6 @@ from apportion.train.hosted import (
     configuration,
     load_tokenizer,
     prepared_folder,
-    quiet_bars,
     train,
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from apportion.bars import quiet_bars
 from apportion.pretrained import check_policy
 from apportion.train.hosted import (
     HostedRecipe,
@@ -15,7 +16,6 @@ from apportion.train.hosted import (
     configuration,
     load_tokenizer,
     prepared_folder,
-    quiet_bars,
     train,
 )
 
