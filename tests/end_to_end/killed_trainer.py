@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 
@@ -47,8 +48,14 @@ def slow_sync(descriptor: int) -> None:
     sync(descriptor)
 
 
+def drawing(completions: list[str], **_: Any) -> list[float]:
+    """A reward that draws from every generator of the process."""
+    return [len(text) + random.random() + np.random.rand() + float(torch.rand(())) for text in completions]
+
+
 def train(folder: Path, kind: str) -> None:
-    roles: dict[str, Any] = {"reward_model": classifier("llama"), "eval_dataset": data(HELD_OUT)}
+    reward = drawing if kind == "drawing reward" else classifier("llama")
+    roles: dict[str, Any] = {"reward_model": reward, "eval_dataset": data(HELD_OUT)}
     roles |= {"peft_config": LORA} if kind == "adapters" else {}
     run(folder, roles=roles, resume=True, **SETTINGS | ({"bf16": True} if kind == "bf16" else {}))
 
@@ -58,8 +65,11 @@ def forked(folder: Path, kind: str) -> int:
     if child:
         return child
     try:
-        torch.manual_seed(os.getpid())  # a run may depend on its own seed alone
-        random.seed(os.getpid())
+        # A run may depend on its own seed alone, and on the process where its reward does.
+        seed = 0 if kind == "drawing reward" else os.getpid()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         os.fsync = slow_sync
         train(folder, kind)
     except BaseException:

@@ -27,7 +27,7 @@ def state(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rounds"), [("whole policy", 6), ("adapters", 3), ("bf16", 3)])
+@pytest.mark.parametrize(("kind", "rounds"), [("whole policy", 6), ("adapters", 3), ("bf16", 3), ("drawing reward", 3)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not_to_the_bit(
     kind: str, rounds: int, tmp_path: Path
 ) -> None:
@@ -43,7 +43,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not_to_the_bi
     names = sorted(path.name for path in last(whole).path.glob("*.safetensors"))
     assert {"policy.safetensors", "critic.safetensors", "policy_optimizer.safetensors"} <= set(names)
     for name in names:
-        if name != "random.safetensors":  # of the process, which a run does not draw from
+        # What is of the process a run does not draw from by itself, so there it may differ.
+        if name != "random.safetensors" or kind == "drawing reward":
             assert (last(killed).path / name).read_bytes() == (last(whole).path / name).read_bytes(), name
     assert state(killed)["counters"] == state(whole)["counters"]
     assert state(killed)["score_scale"] == state(whole)["score_scale"]
