@@ -485,6 +485,34 @@ def test_a_class_or_function_of_the_user_is_a_redistribution(config: Path) -> No
     assert resolved("ppo", "--config", again) == chosen
 
 
+OWN_TERMINATION = """
+class Halves:
+    def __init__(self, parts: int = 2):
+        self.parts = parts
+
+    def __call__(self, rollout):
+        return rollout.response_mask
+
+def every(rollout):
+    return rollout.response_mask
+"""
+
+
+def test_a_class_or_function_of_the_user_is_a_termination(config: Path) -> None:
+    config.with_name("my_cut.py").write_text(OWN_TERMINATION)
+    given = ("--credit.termination", "my_cut.Halves", "--credit.termination.parts", 3)
+    chosen = resolved("ppo", "--config", config, *given)["credit"]["termination"]
+    assert chosen == {"class_path": "my_cut.Halves", "init_args": {"parts": 3}}
+    given = ("--credit.termination=my_cut.every", "--credit.value_smoothing=my_cut.every")
+    chosen = resolved("ppo", "--config", config, *given)
+    assert chosen["credit"]["termination"] == chosen["credit"]["value_smoothing"] == "my_cut.every"
+    again = write_yaml(config.with_name("again.yaml"), chosen)
+    assert resolved("ppo", "--config", again) == chosen
+    given = ("--credit.termination=ShuffledBoundaries", "--credit.termination.inner=my_cut.every")
+    chosen = resolved("ppo", "--config", config, *given)["credit"]["termination"]
+    assert chosen["init_args"]["inner"] == "my_cut.every"
+
+
 @pytest.mark.parametrize("source", ["Files", "ImdbReviews", "ImdbPairs"])
 def test_the_sources_of_the_package_are_known_by_short_name(source: str, config: Path) -> None:
     chosen = resolved("ppo", "--config", config, "--data", source, "--data.path", "x.jsonl")["data"]

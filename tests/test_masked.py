@@ -39,6 +39,15 @@ def test_nothing_to_average_gives_zero(reduction) -> None:
         assert reduction(torch.full(shape, NAN), torch.zeros(shape, dtype=torch.bool)) == 0
 
 
+@pytest.mark.parametrize("value", [0.7, -1.0, 50.0, 1e6])
+def test_equal_values_are_whitened_to_zero_though_their_sums_were_rounded(value: float) -> None:
+    x = value * (1 + 1e-6 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
+    mask = torch.ones(64, 512, dtype=torch.bool)
+    assert torch.equal(masked_whiten(x, mask), torch.zeros(64, 512))
+    x[0] += 1e-3 * value  # one row in 64 stands out by little
+    assert masked_whiten(x, mask)[0].abs().min() > 1
+
+
 def test_a_single_value_is_whitened_to_zero() -> None:
     assert torch.equal(masked_whiten(torch.tensor([[5.0, NAN]]), mask_of([[1, 0]])), torch.zeros(1, 2))
 

@@ -55,17 +55,21 @@ def masked_whiten(
 ) -> Float[Tensor, "*shape"]:
     """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
 
+    Values that differ from each other by less than 1e-5 of their size are equal but for float32's rounding of the sums
+    that they came from: they give 0, where to scale rounding would be to learn from it.
+
     Args:
         x: (...) float. Any values; what lies outside the mask has no effect.
         mask: (...) bool. True on what counts.
         reduce: Sums a tensor over processes, so that the whole batch is whitened as one.
-        eps: Added to the variance, so that constant values give 0.
+        eps: Added to the variance.
 
     Returns:
         (...) float32.
     """
-    scale = torch.rsqrt(masked_var(x, mask, reduce=reduce) + eps)
-    return torch.where(mask, (x.float() - masked_mean(x, mask, reduce=reduce)) * scale, 0)
+    mean, variance = masked_mean(x, mask, reduce=reduce), masked_var(x, mask, reduce=reduce)
+    varies = variance > (1e-5 * mean) ** 2
+    return torch.where(mask & varies, (x.float() - mean) * torch.rsqrt(variance + eps), 0)
 
 
 def ranks(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -235,6 +235,23 @@ def test_constant_scores_and_rows_of_few_tokens_give_numbers(
         assert (credit.advantages == 0).all()
 
 
+@pytest.mark.parametrize("score", [0.7, -1.0, 5.0, 50.0])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CreditConfig(advantage=ReinforcePlusPlus(), termination=WholeResponse(), redistribution=Attention(), kl_coef=0),
+        CreditConfig(advantage=ReinforcePlusPlus(), kl_coef=0),
+    ],
+    ids=difference,
+)
+def test_where_every_response_earned_the_same_nothing_is_learned_from_rounding(
+    config: CreditConfig, score: float
+) -> None:
+    mask = mask_of_lengths(*[512] * 64)
+    scores = replace(random_scores(mask), scores=torch.full((64,), score))
+    assert torch.equal(assign_credit(random_rollout(mask), scores, config).advantages, torch.zeros(64, 512))
+
+
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=difference)
 @pytest.mark.parametrize("shape", [(4, 0), (0, 3), (0, 0)])
 def test_a_batch_without_tokens_or_rows_gives_one(config: CreditConfig, shape: tuple[int, int]) -> None:

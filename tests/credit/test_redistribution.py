@@ -118,6 +118,16 @@ def test_what_prefix_differences_lose_by_rounding_is_made_up_for(
     torch.testing.assert_close(placed.sum(1).double(), wanted, atol=atol, rtol=0)  # which rounds again
 
 
+def test_shuffled_prefix_differences_keep_their_sums_too() -> None:
+    mask = mask_of_lengths(*[512] * 64)
+    scores = random_scores(mask)
+    assert scores.prefix_scores is not None
+    scores = replace(scores, scores=10 * scores.scores, prefix_scores=10 * scores.prefix_scores)
+    found = Shuffled(PrefixDifference())(random_rollout(mask), scores).double().sum(1)
+    wanted = wanted_total(PrefixDifference(), scores, 1.0, torch.zeros(64))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 @every_redistribution
 @pytest.mark.parametrize("per", ["token", "action"])
 @given(mask=masks, seed=st.integers(0, 99), gamma=st.sampled_from([0.0, 0.5, 0.9, 0.99]))

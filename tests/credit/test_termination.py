@@ -353,7 +353,7 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
         (lambda: LowProbability(threshold=1.5), r"threshold is 1.5; choose a probability in \[0, 1\]"),
         (lambda: Perplexity(variant="mean"), "variant is 'mean'; choose 'token' or 'segment'"),  # pyright: ignore
         (lambda: Perplexity(variant="segment", early=True), "early is True with variant 'segment'"),
-        (lambda: ShuffledBoundaries(FixedNgram), r"inner is <class .*; give an instance, FixedNgram\(...\)"),  # pyright: ignore
+        (lambda: ShuffledBoundaries(FixedNgram), r"inner is <class .*; give an instance, FixedNgram\(...\)"),
         (lambda: ShuffledBoundaries("Perplexity"), r"inner is 'Perplexity'; give an instance"),  # pyright: ignore
     ],
 )

@@ -79,6 +79,13 @@ def test_responses_that_cannot_be_parsed_do_not_stop_training_and_are_counted(tm
         assert record["credit/action_length"] == 1
 
 
+def test_responses_that_cannot_be_parsed_to_smooth_values_are_counted(tmp_path: Path) -> None:
+    condition = replace(parsed(), backend=Unlucky())
+    run(tmp_path, credit=CreditConfig(termination=EveryToken(), value_smoothing=condition), num_steps=1)
+    (record,) = metrics(tmp_path)
+    assert record["credit/parse_fallbacks"] == 8
+
+
 @dataclass(frozen=True)
 class Unlucky(parsers.Slow):
     """Parse nothing."""

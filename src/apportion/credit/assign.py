@@ -41,7 +41,7 @@ from apportion.masked import Reduce, alone, is_last, masked_whiten
 ESTIMATORS: tuple[type[AdvantageEstimator], ...] = (GAE, RLOO, GRPO, DrGRPO, ReinforcePlusPlus)
 """What `advantage` knows by a short name; estimators of your own are chosen by their dotted path."""
 
-Condition = TerminationCondition | Callable[[Rollout], Tensor]
+Condition = TerminationCondition | Callable
 REDISTRIBUTIONS: tuple[type[Redistribution], ...] = (
     *(Terminal, Uniform, Attention, PolicyAttention, PrefixDifference, ErrorLine, Shuffled, Mixture),
 )
@@ -53,8 +53,8 @@ class CreditConfig:
     """How credit is assigned: one choice on each axis. The defaults are MA-PPO with actions of five tokens.
 
     Attributes:
-        termination: Which tokens close a macro action; any callable from a rollout to (B, T) bool (on the command line,
-            a class derived from `TerminationCondition`).
+        termination: Which tokens close a macro action; one of ours, or any callable from a rollout to (B, T) bool (on
+            the command line, a class or function by its dotted path).
         redistribution: Where the score lands; one of ours, or any callable `(rollout, scores, *, gamma, steps)` that
             returns (B, T) float (on the command line, a class or function by its dotted path). With an estimator that
             adds up a response's rewards (RLOO, GRPO, Dr.GRPO, REINFORCE++ with groups), how much each token weighs

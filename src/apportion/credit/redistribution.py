@@ -295,7 +295,8 @@ class PrefixDifference(Redistribution):
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Give each token the difference that it made, without discount."""
         before, after = self._around(rollout, scores)
-        return torch.where(rollout.response_mask, after - before, 0)
+        differences = torch.where(rollout.response_mask, after - before, 0)
+        return self._made_up(differences, rollout, scores, beta=1.0)
 
     def __call__(
         self, rollout: Rollout, scores: Scores, *, gamma: float = 1.0, steps: Int[Tensor, "B T"] | None = None
@@ -310,9 +311,15 @@ class PrefixDifference(Redistribution):
         placed = self.beta * spread + (1 - self.beta) * at_end(scores.scores, mask)
         if gamma != 1.0:
             return placed
-        assert scores.prefix_scores is not None  # checked; for the type checker
-        total = scores.scores.double() - self.beta * self.from_prompt * scores.prefix_scores[:, 0].double()
-        return placed + at_end(total - placed.sum(1, dtype=torch.float64), mask)
+        return self._made_up(placed, rollout, scores, beta=self.beta)
+
+    def _made_up(
+        self, placed: Float[Tensor, "B T"], rollout: Rollout, scores: Scores, *, beta: float
+    ) -> Float[Tensor, "B T"]:
+        """Add to the last token what a row lacks by rounding of R - beta * p_0."""
+        assert scores.prefix_scores is not None  # __call__ has checked; for the type checker
+        total = scores.scores.double() - beta * self.from_prompt * scores.prefix_scores[:, 0].double()
+        return placed + at_end(total - placed.sum(1, dtype=torch.float64), rollout.response_mask)
 
     def _around(self, rollout: Rollout, scores: Scores) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """Read the opinion before and after each token; tokens that the policy did not choose are passed over."""

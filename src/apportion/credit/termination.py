@@ -324,7 +324,7 @@ class ShuffledBoundaries(TerminationCondition):
     their shorter last one: it asks something of conditions that read the response.
 
     Attributes:
-        inner: The condition whose actions are permuted.
+        inner: The condition whose actions are permuted; one of ours, or any callable.
         seed: Another seed gives other permutations; the same one as in `Shuffled` draws the same.
 
     Raises:
@@ -334,7 +334,7 @@ class ShuffledBoundaries(TerminationCondition):
         Control for MA-RLHF (https://arxiv.org/abs/2410.02743): does it matter where macro actions end?
     """
 
-    inner: TerminationCondition
+    inner: TerminationCondition | Callable
     seed: int = 0
 
     def __post_init__(self) -> None:

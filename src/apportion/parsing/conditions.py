@@ -167,7 +167,7 @@ class ConstituencyParse(ParseCondition):
         cutoff: Tokens from which on a constituent is divided, at least 1.
         workers: Processes that parse, each with its own copy of the models; 0 parses in this one.
         backend: `Stanza()`, `Benepar()`, or any callable from a text to `ParseTree`s (on the command line, a class
-            derived from `Parser`).
+            derived from `Parser` or a function, by its dotted path).
 
     Raises:
         ValueError: If a number is out of range.

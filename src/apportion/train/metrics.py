@@ -1,6 +1,7 @@
 """What is measured of each batch; every key is defined in docs/metrics.md."""
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
@@ -21,7 +22,7 @@ def batch_metrics(
         credit: Who earned it.
         ended: (B) bool. Whether each response has ended by itself.
         scale: Factor from the reward's units to those that are trained on.
-        args: Its `credit` is read, and its termination asked for the rows that it could not parse.
+        args: Its `credit` is read, and its conditions are asked for the rows that they could not parse.
         reduce: Sums a tensor over processes.
 
     Returns:
@@ -40,7 +41,6 @@ def batch_metrics(
     if (group := estimator.responses_per_prompt) > 1:
         lowest, highest = scores.scores.view(-1, group).aminmax(dim=1)
         more["score/flat_groups"] = mean(lowest == highest, torch.ones_like(lowest, dtype=torch.bool))
-    parse_fallbacks = getattr(innermost(args.credit.termination), "fallbacks", lambda _: ~everyone)(rollout)
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
         "rollout/length": mean(rollout.lengths),
@@ -58,5 +58,14 @@ def batch_metrics(
         "credit/advantage_std": float(masked_var(credit.advantages, mask, reduce=reduce).sqrt()),
         "credit/return_mean": mean(credit.returns, mask),
         "credit/attention_fallbacks": float(reduce(attention_fallbacks(rollout, scores).float())),
-        "credit/parse_fallbacks": float(reduce(parse_fallbacks.sum().float())),
+        "credit/parse_fallbacks": float(reduce(_parse_fallbacks(rollout, args).sum().float())),
     } | more
+
+
+def _parse_fallbacks(rollout: Rollout, args: PPOArguments) -> Bool[Tensor, " B"]:
+    """Mark the responses that a condition could not parse, for macro actions or for the smoothing of values."""
+    fallen = torch.zeros_like(rollout.lengths, dtype=torch.bool)
+    for condition in (args.credit.termination, args.credit.value_smoothing):
+        count = getattr(innermost(condition), "fallbacks", None) if condition is not None else None
+        fallen = fallen if count is None else fallen | count(rollout)
+    return fallen
