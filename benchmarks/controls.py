@@ -265,20 +265,21 @@ def _parity(found: list[Curve], baseline: list[Curve]) -> tuple[str, ...]:
 
 
 def paired_table(curves: dict[Trial, Curve]) -> Iterator[str]:
-    """What each run has over the one that it stands beside, seed by seed."""
+    """What each run has over the one that it stands beside, and over token PPO, seed by seed."""
     head = ("run", "lam", "lr", "beside", *PAIRED)
     yield from ("## Differences between runs of the same seeds", "", "| " + " | ".join(head) + " |")
     yield "|---" * len(head) + "|"
     for trial in dict.fromkeys(replace(trial, seed=0) for trial in fresh(curves)):
-        other = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
-        against = Trial(name=other, lam=PAPER[0] if other in METHODS else None, rate=PAPER[1], seed=0)
-        pairs = [(curves.get(replace(trial, seed=s)), curves.get(replace(against, seed=s))) for s in SEEDS]
-        both = [(one, two) for one, two in pairs if one is not None and two is not None]
-        if trial == against or not both:
-            continue
-        cells = [_plain([getattr(one, name)[-1] - getattr(two, name)[-1] for one, two in both]) for name in PAIRED]
-        lam = "own" if trial.lam is None else f"{trial.lam:g}"
-        yield "| " + " | ".join((trial.name, lam, f"{trial.rate:g}", other, *cells)) + " |"
+        own = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
+        for other in dict.fromkeys((own, "ppo")):
+            against = Trial(name=other, lam=PAPER[0] if other in METHODS else None, rate=PAPER[1], seed=0)
+            pairs = [(curves.get(replace(trial, seed=s)), curves.get(replace(against, seed=s))) for s in SEEDS]
+            both = [(one, two) for one, two in pairs if one is not None and two is not None]
+            if trial == against or not both:
+                continue
+            cells = [_plain([getattr(one, name)[-1] - getattr(two, name)[-1] for one, two in both]) for name in PAIRED]
+            lam = "own" if trial.lam is None else f"{trial.lam:g}"
+            yield "| " + " | ".join((trial.name, lam, f"{trial.rate:g}", other, *cells)) + " |"
     yield ""
 
 

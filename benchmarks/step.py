@@ -101,7 +101,7 @@ SETTINGS = {
         title="float32, micro-batches of 8 rows",
         work=SMALL,
         peers=(
-            Peer(name="TRL, 8 rows", work=SMALL, time=0.8),
+            Peer(name="TRL, 8 rows", work=SMALL, time=0.8, memory=0.6),
             Peer(name="TRL, all rows", work=WHOLE, time=0.8, memory=0.6),
         ),
     ),
@@ -132,7 +132,7 @@ SETTINGS = {
     "epochs": Setting(
         title="float32, four epochs, all rows at once",
         work=replace(WHOLE, epochs=4),
-        peers=(Peer(name="TRL", work=replace(WHOLE, epochs=4)),),
+        peers=(Peer(name="TRL", work=replace(WHOLE, epochs=4), time=0.8, memory=0.6),),
         blocks=2,
     ),
 }
