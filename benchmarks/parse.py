@@ -103,7 +103,7 @@ def rollout_of(ids: torch.Tensor, mask: torch.Tensor) -> Rollout:
 
 def alone() -> Iterator[str]:
     yield from ("", f"## {ROWS} rows of {TOKENS} tokens, milliseconds of processor time", "")
-    yield "Median of 100, and in parentheses the least of them: what it takes while no neighbour has the machine's caches."
+    yield "Median of 100, and in parentheses the least of them: what it takes where no neighbour has the caches."
     yield ""
     yield from ("| condition | whole rows | with holes, as tools leave them |", "|---|---|---|")
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
