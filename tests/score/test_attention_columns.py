@@ -88,6 +88,10 @@ def test_the_means_of_a_bfloat16_model_are_those_of_the_float32_softmax_of_its_q
         model(**inputs)
     wanted = means_of_maps(dense_maps(seen).mean(1), answer, window=WINDOW if sliding(family) else None)
     torch.testing.assert_close(captured.weights, wanted, atol=1e-5, rtol=0)
+    if family in SDPA:  # under the model's own kernel too
+        with capture_columns(model, answer) as captured:
+            model(**inputs)
+        torch.testing.assert_close(captured.weights, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
