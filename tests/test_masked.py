@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apportion.masked import Packing, is_last, last_index, masked_mean, masked_var, masked_whiten, ranks
+from apportion.masked import (
+    Packing,
+    is_last,
+    last_index,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    ranks,
+    zero_outside,
+)
 from batches import mask_of
 
 NAN = torch.nan
@@ -16,6 +25,22 @@ masks = st.integers(0, 9).flatmap(
         lambda rows: torch.tensor(rows, dtype=torch.bool).view(len(rows), width)
     )
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@given(mask=masks, seed=st.integers(0, 99), column=st.booleans())
+def test_what_is_kept_is_kept_to_the_bit_and_the_rest_is_zero(
+    dtype: torch.dtype, mask: Tensor, seed: int, column: bool
+) -> None:
+    odd = torch.tensor([NAN, torch.inf, -torch.inf, -0.0, 1e-42, 3.4e38])  # a subnormal and one of the largest
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(mask), 1) if column else mask.shape
+    some, which = torch.rand(shape, generator=generator) < 0.5, torch.randint(6, shape, generator=generator)
+    x = torch.where(some, odd[which], 1.0)
+    kept = zero_outside(x.to(dtype), mask)
+    assert kept.dtype == torch.float32
+    expected = torch.where(mask, x.to(dtype).float(), 0)
+    assert torch.equal(kept.view(torch.int32), expected.view(torch.int32))
 
 
 def test_means_and_variances_are_those_of_the_valid_entries() -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.credit.macro_actions import Pooling, macro_lengths, offsets, pooling_weights, sum_over_actions, to_tokens
-from apportion.masked import ranks
+from apportion.masked import ranks, zero_outside
 
 Per = Literal["action", "token", "boundary"]
 
@@ -31,10 +31,10 @@ def suffix_sums(x: Float[Tensor, "B N"], decay: float | Float[Tensor, "B N"]) ->
     y, span = x.clone(), 1
     while span < x.shape[1]:
         if isinstance(decay, Tensor):
-            y[:, :-span] += decay[:, :-span] * y[:, span:]
+            y[:, :-span].add_(decay[:, :-span] * y[:, span:])  # `+=` would copy the sums onto themselves
             decay = torch.nn.functional.pad(decay[:, :-span] * decay[:, span:], (0, span))
         else:
-            y[:, :-span] += decay * y[:, span:]
+            y[:, :-span].add_(decay * y[:, span:])
             decay = decay * decay
         span *= 2
     return y
@@ -80,10 +80,10 @@ def gae(
         raise ValueError(f"rewards, values and mask have shapes {shapes}; give all (B, N)")
     for name, number in (("gamma", gamma), ("lam", lam)):
         _check_unit_interval(name, number)
-    values = torch.where(mask, values.float(), 0)
+    values = zero_outside(values, mask)
     following = torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])))
-    delta = torch.where(mask, rewards.float() + gamma * following - values, 0)
-    advantages = torch.where(mask, suffix_sums(delta, gamma * lam), 0)
+    delta = zero_outside(rewards.float() + gamma * following - values, mask)
+    advantages = zero_outside(suffix_sums(delta, gamma * lam), mask)
     return advantages, advantages + values
 
 
@@ -268,7 +268,7 @@ class GAE(AdvantageEstimator):
             lam = torch.where(sum_over_actions(closes.long(), steps) > 0, lam, 1.0)
             earned = replace(earned, ids=steps)
         rewards = earned.macro_rewards(self.gamma if self.per == "token" else 1.0)
-        advantages, returns = gae(rewards, earned.macro_values(), earned.lengths > 0, gamma=gamma, lam=lam)
+        advantages, returns = gae(rewards, earned.macro_values(), earned.lengths.bool(), gamma=gamma, lam=lam)
         return to_tokens(advantages, steps), to_tokens(returns, steps)
 
 

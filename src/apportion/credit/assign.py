@@ -36,7 +36,7 @@ from apportion.credit.termination import (
     closes_of,
 )
 from apportion.credit.token_weights import token_weights
-from apportion.masked import Reduce, alone, is_last, masked_whiten
+from apportion.masked import Reduce, alone, is_last, masked_whiten, zero_outside
 
 ESTIMATORS: tuple[type[AdvantageEstimator], ...] = (GAE, RLOO, GRPO, DrGRPO, ReinforcePlusPlus)
 """What `advantage` knows by a short name; estimators of your own are chosen by their dotted path."""
@@ -225,7 +225,7 @@ def segment(rollout: Rollout, config: CreditConfig) -> Int[Tensor, "B T"]:
 
 def _values(rollout: Rollout, smoothing: Condition | None) -> Float[Tensor, "B T"]:
     """Take the critic's values, averaged over the actions of a condition if one is given; 0 outside the responses."""
-    values = torch.where(rollout.response_mask, rollout.values.float(), 0)
+    values = zero_outside(rollout.values, rollout.response_mask)
     if smoothing is None:
         return values
     ids = macro_ids(closes_of(smoothing, rollout), rollout.response_mask)

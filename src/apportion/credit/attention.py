@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion.batch import AttentionRequest, Needs, Rollout, Scores
 from apportion.credit.redistribution import Redistribution, check_beta
-from apportion.masked import Packing, is_last
+from apportion.masked import Packing, is_last, zero_outside
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def _by_weights(
     """Share each score out by weights, or leave it at the end where they have no mass."""
     weights, mass = _weights_and_mass(weights, mask)
     alpha = torch.where(mass > 0, weights / torch.where(mass > 0, mass, 1), is_last(mask).float())
-    return torch.where(mask, scores.float()[:, None] * alpha, 0)
+    return zero_outside(scores.float()[:, None] * alpha, mask)
 
 
 def _weights_and_mass(
     weights: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B 1"]]:
     """Scale each row by its largest weight, so that no sum overflows, and sum it; 0 where that is not finite."""
-    weights = torch.where(mask, weights.float(), 0)
+    weights = zero_outside(weights, mask)
     largest = torch.nn.functional.pad(weights, (0, 1)).amax(1, keepdim=True)
     weights = weights / torch.where(largest > 0, largest, 1)
     mass = weights.sum(1, keepdim=True)

@@ -2,7 +2,9 @@
 
 A macro action has no object of its own. `macro_ids` (B, T) holds the number of each token's action, and everything else
 is scatter and gather along the token axis. The axis M of macro actions is as long as T, its upper bound, so that
-nothing has to be counted on the host; actions that do not exist are zero, and their length is 0.
+nothing has to be counted on the host; actions that do not exist are zero, and their length is 0. On the way there and
+back, tokens outside the response have an action of their own before the first, number -1, which is cut off: that is
+quicker than to mask them out, and nothing that stands there can be heard.
 """
 
 from typing import Literal
@@ -45,7 +47,7 @@ def sum_over_actions(x: Shaped[Tensor, "B T"], ids: Int[Tensor, "B T"]) -> Shape
     Returns:
         (B, M) same dtype, M = T. 0 where no such action exists.
     """
-    return torch.zeros_like(x).scatter_add(1, ids.clamp(min=0), torch.where(ids >= 0, x, 0))
+    return x.new_zeros(len(x), x.shape[1] + 1).scatter_add_(1, ids + 1, x)[:, 1:]
 
 
 def to_tokens(x: Shaped[Tensor, "B M"], ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
@@ -58,7 +60,7 @@ def to_tokens(x: Shaped[Tensor, "B M"], ids: Int[Tensor, "B T"]) -> Shaped[Tenso
     Returns:
         (B, T) same dtype. 0 outside the response.
     """
-    return x.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
+    return torch.nn.functional.pad(x, (1, 0)).gather(1, ids + 1)
 
 
 def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
@@ -70,7 +72,7 @@ def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
     Returns:
         (B, M) int64, M = T. 0 where no such action exists, so that `macro_lengths(ids) > 0` is the mask of actions.
     """
-    return torch.zeros_like(ids).scatter_add_(1, ids.clamp(min=0), (ids >= 0).to(ids.dtype))
+    return sum_over_actions(torch.ones_like(ids), ids)
 
 
 def offsets(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -112,10 +114,10 @@ def pooling_weights(
     Source:
         MA-RLHF, section 3.2 and appendix; `position_falling` is what its official code computes for `position`.
     """
-    own = to_tokens(macro_lengths(ids) if lengths is None else lengths, ids).float()
+    lengths = macro_lengths(ids) if lengths is None else lengths
     if pooling == "equal":
-        return torch.where(ids >= 0, own.clamp(min=1).reciprocal(), 0)
-    ahead = own - offsets(ids)
+        return to_tokens(lengths.clamp(min=1).float().reciprocal(), ids)
+    ahead = to_tokens(lengths, ids) - offsets(ids)
     if pooling == "unit":
         return ((ids >= 0) & (ahead == 1)).float()
     if pooling not in ("position", "position_falling"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from apportion.batch import Needs, Rollout, Scores
 from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place
 from apportion.credit.row_keys import permutations
+from apportion.masked import zero_outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,4 +145,4 @@ class Shuffled(Redistribution):
         inner = self.inner
         shares = inner.shares(rollout, scores) if isinstance(inner, Redistribution) else place(inner, rollout, scores)
         shares = shares.gather(1, permutations(rollout, self.seed))
-        return torch.where(rollout.response_mask, shares, 0)
+        return zero_outside(shares, rollout.response_mask)

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.batch import NOTHING, Needs, Rollout, Scores
-from apportion.masked import is_last, ranks
+from apportion.masked import is_last, ranks, zero_outside
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def place(
     if not isinstance(placed, Tensor) or not placed.is_floating_point() or placed.shape != mask.shape:
         answer = f"{placed.dtype} {tuple(placed.shape)}" if isinstance(placed, Tensor) else type(placed).__name__
         raise ValueError(f"the redistribution returned {answer}; return (B, T) float, here {tuple(mask.shape)}")
-    return torch.where(mask, placed.float(), 0)
+    return zero_outside(placed, mask)
 
 
 def needs_of(redistribution: Redistribution | Callable) -> Needs:
@@ -166,7 +166,7 @@ def at_end(scores: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tens
     Returns:
         (B, T) float32.
     """
-    return torch.where(is_last(mask), scores.float()[:, None], 0)
+    return zero_outside(scores.float()[:, None], is_last(mask))
 
 
 def _discount_to_end(mask: Bool[Tensor, "B T"], gamma: float, steps: Int[Tensor, "B T"] | None) -> Tensor | float:
@@ -238,7 +238,7 @@ class Uniform(Redistribution):
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Give every valid token the same."""
         mask = rollout.response_mask
-        return torch.where(mask, scores.scores.float()[:, None] / mask.sum(1, keepdim=True).clamp(min=1), 0)
+        return zero_outside(scores.scores.float()[:, None] / mask.sum(1, keepdim=True).clamp(min=1), mask)
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class PrefixDifference(Redistribution):
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Give each token the difference that it made, without discount."""
         before, after = self._around(rollout, scores)
-        differences = torch.where(rollout.response_mask, after - before, 0)
+        differences = zero_outside(after - before, rollout.response_mask)
         return self._made_up(differences, rollout, scores, beta=1.0)
 
     def __call__(
@@ -307,7 +307,7 @@ class PrefixDifference(Redistribution):
         before, after = self._around(rollout, scores)
         if gamma != 1.0:
             after = after * torch.pow(gamma, _steps_to_next(mask, ranks(mask) if steps is None else steps).float())
-        spread = torch.where(mask, after - before, 0)
+        spread = zero_outside(after - before, mask)
         placed = self.beta * spread + (1 - self.beta) * at_end(scores.scores, mask)
         if gamma != 1.0:
             return placed

@@ -1,8 +1,9 @@
 """The reward of each token: its part of the score, less the price of leaving the reference."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from apportion.masked import zero_outside
 
 
 def token_level_rewards(
@@ -31,4 +32,4 @@ def token_level_rewards(
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 2; the estimator k1, constant kl_coef.
     """
     penalty = kl_coef * (old_logprobs.float() - ref_logprobs.float())
-    return torch.where(mask, token_level_scores.float() - penalty, 0)
+    return zero_outside(token_level_scores.float() - penalty, mask)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from apportion.credit.macro_actions import macro_lengths, sum_over_actions, to_tokens
@@ -136,10 +136,10 @@ def policy_loss(
     else:
         ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
     pooled = ratio != "token"
-    gains = advantages.float() if macro_ids is None or not pooled else _of_actions(advantages, macro_ids)
-    losses = -gains * ratios
+    costs = -(advantages.float() if macro_ids is None or not pooled else _of_actions(advantages, macro_ids))
+    losses = costs * ratios
     if clip == "pooled":
-        losses = torch.maximum(losses, -gains * ratios.clamp(1 - low, 1 + high))
+        losses = torch.maximum(losses, costs * ratios.clamp(1 - low, 1 + high))
     if denominator is None:
         denominator = normaliser(aggregation, mask, macro_ids, longest=longest or max(mask.shape[1], 1))
     return _mean_over(losses * step_weights(aggregation, mask, macro_ids, pooled=pooled), steps, denominator)
@@ -203,13 +203,13 @@ def value_loss(
     """
     if cliprange_value is not None:
         _check_positive("cliprange_value", cliprange_value)
-    # Masked here and not only in the mean: a NaN of the padding would come back as a gradient, 0 * NaN.
-    values, old_values, returns = (torch.where(mask, x.float(), 0) for x in (values, old_values, returns))
-    losses = (values - returns).square()
+    # Masked before the square: a NaN of the padding would come back through it as a gradient, 0 * NaN.
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    losses = torch.where(mask, values - returns, 0).square()
     if cliprange_value is not None:
         clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-        losses = torch.maximum(losses, (clipped - returns).square())
-    return 0.5 * _mean_over(losses, mask, denominator)
+        losses = torch.maximum(losses, torch.where(mask, clipped - returns, 0).square())
+    return 0.5 * losses.sum() / _size(mask, denominator)
 
 
 def _check_positive(name: str, number: float) -> None:
@@ -227,5 +227,9 @@ def _mean_over(
     x: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"], denominator: Float[Tensor, ""] | None
 ) -> Float[Tensor, ""]:
     """Sum over the mask and divide by its size, or by the size of the larger batch; padding gets no gradient."""
-    count = mask.sum() if denominator is None else denominator
-    return torch.where(mask, x, 0).sum() / count.clamp(min=1)
+    return torch.where(mask, x, 0).sum() / _size(mask, denominator)
+
+
+def _size(mask: Bool[Tensor, "B N"], denominator: Float[Tensor, ""] | None) -> Shaped[Tensor, ""]:
+    """Count what is averaged over, unless it is part of a larger batch whose size is given; at least 1."""
+    return (mask.sum() if denominator is None else denominator).clamp(min=1)
