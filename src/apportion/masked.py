@@ -168,7 +168,7 @@ class Packing:
             (B, T) same dtype. Entry j is the valid entry of rank j.
         """
         if self._places is None:
-            return x.masked_fill(~self.mask, 0)
+            return torch.where(self.mask, x, x.new_zeros(()))
         target = torch.where(self.mask, self._places, x.shape[1])
         return x.new_zeros(len(x), x.shape[1] + 1).scatter_(1, target, x)[:, :-1]
 

@@ -34,7 +34,7 @@ def macro_ids(closes: Bool[Tensor, "B T"], response_mask: Bool[Tensor, "B T"]) -
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.1.
     """
     before = torch.nn.functional.pad(closes & response_mask, (1, 0))[:, : closes.shape[1]]
-    return before.cumsum(1).masked_fill_(~response_mask, -1)
+    return torch.where(response_mask, before.cumsum(1), -1)
 
 
 def sum_over_actions(x: Shaped[Tensor, "B T"], ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B M"]:

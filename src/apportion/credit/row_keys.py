@@ -85,7 +85,7 @@ def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Te
     # Odd weights: no token weighs nothing. A place weighs differently in the prompt and in the response.
     weights = (_mix(torch.arange(2 * width, device=rollout.response_ids.device) * _GOLDEN) | 1).view(-1, 2).unbind(1)
     sums = [
-        (ids.long() + 1).mul_(own[Packing(mask).ranks.clamp(min=0)]).mul_(mask).sum(1)
+        (Packing(mask).pack(ids.long() + 1) * own[: ids.shape[1]]).sum(1)
         for (ids, mask), own in zip(parts, weights, strict=True)
     ]
     state = _mix(sums[0] + sums[1] + start)

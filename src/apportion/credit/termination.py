@@ -196,7 +196,7 @@ class RandomizedNgram(TerminationCondition):
         counts = [mask.new_full((self.repeats,), min(length, last), dtype=torch.long) for length in self.lengths]
         deck = torch.cat(counts)
         ends = deck[row_keys(rollout, len(deck), self.seed, stream=1).argsort(1)].cumsum(1).clamp_(max=last)
-        is_end = mask.new_zeros(len(mask), last + 1).scatter_(1, ends, True)
+        is_end = mask.new_zeros(len(mask), last + 1).scatter_(1, ends, mask.new_ones(ends.shape))
         places = (Packing(mask).ranks + 1).clamp(0, last).expand_as(mask)
         return mask & is_end.gather(1, places) | is_last(mask)
 
@@ -349,13 +349,14 @@ class ShuffledBoundaries(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the ends of the permuted actions."""
         mask = rollout.response_mask
-        lengths = macro_lengths(macro_ids(closes_of(self.inner, rollout) | is_last(mask), mask))
-        if lengths.device.type == "cpu":  # elsewhere to look how many there are would be to wait for the device
-            lengths = lengths[:, : int(lengths.any(0).count_nonzero())]
-        exists = lengths > 0
+        ids = macro_ids(closes_of(self.inner, rollout), mask)
+        lengths = macro_lengths(ids)
+        if ids.numel() and ids.device.type == "cpu":  # elsewhere to look how many there are would be to wait for it
+            lengths = lengths[:, : int(ids.amax()) + 1]
+        exists = lengths.bool()
         permuted = lengths.gather(1, permutations(rollout, self.seed, exists))
         ends = (permuted.cumsum(1) - 1).masked_fill_(~exists, mask.shape[1])  # which come last
-        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, True)[:, :-1]
+        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, torch.ones_like(exists))[:, :-1]
         return mask & Packing(mask).unpack(closes)
 
 
