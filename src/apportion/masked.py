@@ -27,7 +27,7 @@ def zero_outside(x: Float[Tensor, "*#shape"], mask: Bool[Tensor, "*shape"]) -> F
     Returns:
         (...) float32. 0 outside of the mask.
     """
-    return (x.detach().float().view(torch.int32) * mask.to(torch.int32)).view(torch.float32)
+    return mask.to(torch.int32).mul_(x.detach().float().view(torch.int32)).view(torch.float32)
 
 
 def masked_mean(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from apportion import macro_ids, macro_lengths, pooling_weights, sum_over_actions, to_tokens
-from apportion.credit.macro_actions import Pooling, offsets
+from apportion.credit.macro_actions import MacroActions, Pooling
 from batches import mask_of, without_type_checks
 
 POOLINGS: tuple[Pooling, ...] = ("equal", "unit", "position", "position_falling")
@@ -45,7 +45,7 @@ def test_ids_cover_the_row_without_gaps(segmentation: tuple[Tensor, Tensor]) -> 
 def test_lengths_and_offsets_are_those_of_the_groups(segmentation: tuple[Tensor, Tensor]) -> None:
     closes, mask = segmentation
     ids = macro_ids(closes, mask)
-    for row, lengths, places in zip(ids, macro_lengths(ids), offsets(ids), strict=True):
+    for row, lengths, places in zip(ids, macro_lengths(ids), MacroActions(ids).offsets, strict=True):
         sizes = reference.sizes(row[row >= 0].tolist())
         assert lengths.tolist() == sizes + [0] * (len(row) - len(sizes))
         assert places[row >= 0].tolist() == [i for m in sizes for i in range(m)]

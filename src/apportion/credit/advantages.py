@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.credit.macro_actions import Pooling, macro_lengths, offsets, pooling_weights, sum_over_actions, to_tokens
+from apportion.credit.macro_actions import MacroActions, Pooling
 from apportion.masked import ranks, zero_outside
 
 Per = Literal["action", "token", "boundary"]
@@ -82,7 +82,7 @@ def gae(
         _check_unit_interval(name, number)
     values = zero_outside(values, mask)
     following = torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])))
-    delta = zero_outside(rewards.float() + gamma * following - values, mask)
+    delta = zero_outside((gamma * following).add_(rewards).sub_(values), mask)
     advantages = zero_outside(suffix_sums(delta, gamma * lam), mask)
     return advantages, advantages + values
 
@@ -112,9 +112,9 @@ class Earnings:
     macro_reward: Literal["sum", "mean"] = "sum"
 
     @cached_property
-    def lengths(self) -> Int[Tensor, "B M"]:
-        """(B, M) int64. The tokens of each macro action; 0 where no such action exists."""
-        return macro_lengths(self.ids)
+    def actions(self) -> MacroActions:
+        """The macro actions, to be asked for sums and lengths."""
+        return MacroActions(self.ids)
 
     def macro_rewards(self, inside: float = 1.0) -> Float[Tensor, "B M"]:
         """Pool the rewards of each macro action.
@@ -127,16 +127,16 @@ class Earnings:
         """
         weights = 1.0 if self.macro_reward == "sum" else self._weights
         if inside != 1.0:
-            weights = weights * torch.pow(inside, torch.where(self.ids >= 0, offsets(self.ids), 0).float())
-        return sum_over_actions(self.rewards * weights, self.ids)
+            weights = weights * torch.pow(inside, torch.where(self.ids >= 0, self.actions.offsets, 0).float())
+        return self.actions.sum(self.rewards * weights)
 
     def macro_values(self) -> Float[Tensor, "B M"]:
         """(B, M) float32. The pooled values of each macro action; 0 where no such action exists."""
-        return sum_over_actions(self._weights * self.values, self.ids)
+        return self.actions.sum(self._weights * self.values)
 
     @cached_property
     def _weights(self) -> Float[Tensor, "B T"]:
-        return pooling_weights(self.ids, self.macro_value, self.lengths)
+        return self.actions.weights(self.macro_value)
 
 
 @dataclass(frozen=True)
@@ -259,17 +259,17 @@ class GAE(AdvantageEstimator):
 
     def __call__(self, earned: Earnings) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         """Estimate the advantage and the return of each token; see `AdvantageEstimator.__call__`."""
-        steps, gamma, lam = earned.ids, self.gamma, self.lam
+        steps, gamma, lam = earned.actions, self.gamma, self.lam
         if self.per == "token":
-            gamma, lam = (torch.pow(number, earned.lengths.float()) for number in (gamma, lam))
+            gamma, lam = (torch.pow(number, steps.lengths.float()) for number in (gamma, lam))
         if self.per == "boundary":
-            closes = offsets(steps) + 1 == to_tokens(earned.lengths, steps)
-            steps = every_token(steps)
-            lam = torch.where(sum_over_actions(closes.long(), steps) > 0, lam, 1.0)
-            earned = replace(earned, ids=steps)
+            closes = steps.offsets + 1 == steps.to_tokens(steps.lengths)
+            earned = replace(earned, ids=every_token(earned.ids))
+            steps = earned.actions
+            lam = torch.where(steps.sum(closes.long()) > 0, lam, 1.0)
         rewards = earned.macro_rewards(self.gamma if self.per == "token" else 1.0)
-        advantages, returns = gae(rewards, earned.macro_values(), earned.lengths.bool(), gamma=gamma, lam=lam)
-        return to_tokens(advantages, steps), to_tokens(returns, steps)
+        advantages, returns = gae(rewards, earned.macro_values(), steps.lengths.bool(), gamma=gamma, lam=lam)
+        return steps.to_tokens(advantages), steps.to_tokens(returns)
 
 
 def every_token(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

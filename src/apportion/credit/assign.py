@@ -13,7 +13,7 @@ from apportion.credit.advantages import GAE, AdvantageEstimator, Earnings
 from apportion.credit.attention import Attention, PolicyAttention
 from apportion.credit.error_line import ErrorLine
 from apportion.credit.groups import GRPO, RLOO, DrGRPO
-from apportion.credit.macro_actions import Pooling, macro_ids, pooling_weights, sum_over_actions, to_tokens
+from apportion.credit.macro_actions import MacroActions, Pooling, macro_ids
 from apportion.credit.mixture import Mixture, Shuffled
 from apportion.credit.redistribution import (
     PrefixDifference,
@@ -228,8 +228,8 @@ def _values(rollout: Rollout, smoothing: Condition | None) -> Float[Tensor, "B T
     values = zero_outside(rollout.values, rollout.response_mask)
     if smoothing is None:
         return values
-    ids = macro_ids(closes_of(smoothing, rollout), rollout.response_mask)
-    return to_tokens(sum_over_actions(pooling_weights(ids, "equal") * values, ids), ids)
+    actions = MacroActions(macro_ids(closes_of(smoothing, rollout), rollout.response_mask))
+    return actions.to_tokens(actions.sum(actions.weights("equal") * values))
 
 
 def _official_termination(termination: Condition) -> Condition:

@@ -1,12 +1,13 @@
 """Macro actions: runs of response tokens, numbered; from tokens to macro actions and back.
 
 A macro action has no object of its own. `macro_ids` (B, T) holds the number of each token's action, and everything else
-is scatter and gather along the token axis. The axis M of macro actions is as long as T, its upper bound, so that
-nothing has to be counted on the host; actions that do not exist are zero, and their length is 0. On the way there and
-back, tokens outside the response have an action of their own before the first, number -1, which is cut off: that is
-quicker than to mask them out, and nothing that stands there can be heard.
+is scatter and gather along the token axis (`MacroActions`, and a function for each thing that may be asked once). The
+axis M of macro actions is as long as T, its upper bound, so that nothing has to be counted on the host; actions that do
+not exist are zero, and their length is 0.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -37,6 +38,59 @@ def macro_ids(closes: Bool[Tensor, "B T"], response_mask: Bool[Tensor, "B T"]) -
     return torch.where(response_mask, before.cumsum(1), -1)
 
 
+@dataclass(frozen=True, eq=False)
+class MacroActions:
+    """All macro actions of a batch; what is asked of them repeatedly is worked out once.
+
+    On the way to them and back, the tokens outside the response have a slot of their own before the first action, which
+    is cut off: that is quicker than to mask them out, and nothing that stands there can be heard.
+
+    Attributes:
+        ids: (B, T) int64. Macro action of each token, -1 outside the response.
+    """
+
+    ids: Int[Tensor, "B T"]
+
+    def sum(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B M"]:
+        """Sum a token quantity over each action; see `sum_over_actions`."""
+        return x.new_zeros(len(x), x.shape[1] + 1).scatter_add_(1, self._slots, x)[:, 1:]
+
+    def mean(self, x: Float[Tensor, "B T"]) -> Float[Tensor, "B M"]:
+        """Average a token quantity over each action; 0 where no such action exists."""
+        return self.sum(x) / self.lengths.clamp(min=1)
+
+    def to_tokens(self, x: Shaped[Tensor, "B M"]) -> Shaped[Tensor, "B T"]:
+        """Give each token the quantity of its action; see `to_tokens`."""
+        return torch.nn.functional.pad(x, (1, 0)).gather(1, self._slots)
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "B M"]:
+        """(B, M) int64. The tokens of each action; see `macro_lengths`."""
+        return self.sum(torch.ones_like(self.ids))
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, "B T"]:
+        """(B, T) int64. The tokens before each token inside its own action; meaningless outside the response."""
+        return ranks(self.ids >= 0) - self.to_tokens(self.lengths.cumsum(1) - self.lengths)
+
+    def weights(self, pooling: Pooling) -> Float[Tensor, "B T"]:
+        """Weigh the tokens of each action; see `pooling_weights`."""
+        if pooling == "equal":
+            return self.to_tokens(self.lengths.clamp(min=1).float().reciprocal())
+        ahead = self.to_tokens(self.lengths) - self.offsets
+        if pooling == "unit":
+            return ((self.ids >= 0) & (ahead == 1)).float()
+        if pooling not in ("position", "position_falling"):
+            raise ValueError(f"pooling is {pooling!r}; choose 'equal', 'unit', 'position' or 'position_falling'")
+        distance = ahead if pooling == "position" else self.offsets + 1
+        weights = torch.where(self.ids >= 0, distance.clamp(min=1).float().reciprocal(), 0)
+        return weights / self.to_tokens(self.sum(weights)).clamp(min=torch.finfo(torch.float32).tiny)
+
+    @cached_property
+    def _slots(self) -> Int[Tensor, "B T"]:
+        return self.ids + 1
+
+
 def sum_over_actions(x: Shaped[Tensor, "B T"], ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B M"]:
     """Sum a token quantity over each macro action.
 
@@ -47,7 +101,7 @@ def sum_over_actions(x: Shaped[Tensor, "B T"], ids: Int[Tensor, "B T"]) -> Shape
     Returns:
         (B, M) same dtype, M = T. 0 where no such action exists.
     """
-    return x.new_zeros(len(x), x.shape[1] + 1).scatter_add_(1, ids + 1, x)[:, 1:]
+    return MacroActions(ids).sum(x)
 
 
 def to_tokens(x: Shaped[Tensor, "B M"], ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
@@ -60,7 +114,7 @@ def to_tokens(x: Shaped[Tensor, "B M"], ids: Int[Tensor, "B T"]) -> Shaped[Tenso
     Returns:
         (B, T) same dtype. 0 outside the response.
     """
-    return torch.nn.functional.pad(x, (1, 0)).gather(1, ids + 1)
+    return MacroActions(ids).to_tokens(x)
 
 
 def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
@@ -72,25 +126,10 @@ def macro_lengths(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B M"]:
     Returns:
         (B, M) int64, M = T. 0 where no such action exists, so that `macro_lengths(ids) > 0` is the mask of actions.
     """
-    return sum_over_actions(torch.ones_like(ids), ids)
+    return MacroActions(ids).lengths
 
 
-def offsets(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Count the tokens before each token inside its own macro action.
-
-    Args:
-        ids: (B, T) int64. Macro action of each token, -1 outside the response.
-
-    Returns:
-        (B, T) int64. 0 on the first token of an action; meaningless outside the response.
-    """
-    lengths = macro_lengths(ids)
-    return ranks(ids >= 0) - to_tokens(lengths.cumsum(1) - lengths, ids)
-
-
-def pooling_weights(
-    ids: Int[Tensor, "B T"], pooling: Pooling, lengths: Int[Tensor, "B M"] | None = None
-) -> Float[Tensor, "B T"]:
+def pooling_weights(ids: Int[Tensor, "B T"], pooling: Pooling) -> Float[Tensor, "B T"]:
     r"""Weigh the tokens of each macro action; the weights of an action sum to 1.
 
     With m tokens in the action, i = 0 .. m - 1 the place in it:
@@ -103,7 +142,6 @@ def pooling_weights(
     Args:
         ids: (B, T) int64. Macro action of each token, -1 outside the response.
         pooling: Which of the four.
-        lengths: (B, M) int64. `macro_lengths(ids)`, where that is known already.
 
     Returns:
         (B, T) float32. 0 outside the response.
@@ -114,14 +152,4 @@ def pooling_weights(
     Source:
         MA-RLHF, section 3.2 and appendix; `position_falling` is what its official code computes for `position`.
     """
-    lengths = macro_lengths(ids) if lengths is None else lengths
-    if pooling == "equal":
-        return to_tokens(lengths.clamp(min=1).float().reciprocal(), ids)
-    ahead = to_tokens(lengths, ids) - offsets(ids)
-    if pooling == "unit":
-        return ((ids >= 0) & (ahead == 1)).float()
-    if pooling not in ("position", "position_falling"):
-        raise ValueError(f"pooling is {pooling!r}; choose 'equal', 'unit', 'position' or 'position_falling'")
-    distance = ahead if pooling == "position" else offsets(ids) + 1
-    weights = torch.where(ids >= 0, distance.clamp(min=1).float().reciprocal(), 0)
-    return weights / to_tokens(sum_over_actions(weights, ids), ids).clamp(min=torch.finfo(torch.float32).tiny)
+    return MacroActions(ids).weights(pooling)

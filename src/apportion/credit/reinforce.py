@@ -9,7 +9,6 @@ from torch import Tensor
 
 from apportion.credit.advantages import AdvantageEstimator, Earnings, every_token, gae
 from apportion.credit.groups import Groups, check_group_size, of_responses
-from apportion.credit.macro_actions import to_tokens
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,10 @@ class ReinforcePlusPlus(AdvantageEstimator):
             centred = Groups.of(totals, exists, self.group_size).centred
             valid = earned.ids >= 0
             return torch.where(valid, centred.reshape(-1, 1), 0), torch.where(valid, totals[:, None], 0)
-        lengths = earned.lengths
+        actions = earned.actions
         by_token = self.per == "token"
-        gamma = torch.pow(self.gamma, lengths.float()) if by_token else self.gamma
+        gamma = torch.pow(self.gamma, actions.lengths.float()) if by_token else self.gamma
         rewards = earned.macro_rewards(self.gamma if by_token else 1.0)
-        _, returns = gae(rewards, torch.zeros_like(rewards), lengths > 0, gamma=gamma, lam=1.0)
-        returns = to_tokens(returns, earned.ids)
+        _, returns = gae(rewards, torch.zeros_like(rewards), actions.lengths.bool(), gamma=gamma, lam=1.0)
+        returns = actions.to_tokens(returns)
         return returns, returns.clone()

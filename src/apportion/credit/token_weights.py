@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.batch import Rollout, Scores
-from apportion.credit.macro_actions import macro_lengths, sum_over_actions, to_tokens
+from apportion.credit.macro_actions import MacroActions
 from apportion.credit.mixture import Mixture
 from apportion.credit.redistribution import Redistribution, place
 from apportion.masked import is_last
@@ -60,4 +60,5 @@ def token_weights(
     before_end = torch.where(is_last(mask), 0, shares).sum(1, keepdim=True)
     spread = torch.where(before_end > 0, count * shares / torch.where(total > 0, total, 1), 1)
     weights = (1 - weight) + weight * spread
-    return to_tokens(sum_over_actions(weights, ids) / macro_lengths(ids).clamp(min=1), ids)
+    actions = MacroActions(ids)
+    return actions.to_tokens(actions.mean(weights))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from apportion.credit.macro_actions import macro_lengths, sum_over_actions, to_tokens
+from apportion.credit.macro_actions import MacroActions
 from apportion.update.aggregation import Aggregation, normaliser, step_weights
 
 Granularity = Literal["token", "macro", "macro_mean"]
@@ -65,11 +65,9 @@ def _pooled(
         raise ValueError(f"ratio is {granularity!r}; choose 'token', 'macro' or 'macro_mean'")
     if macro_ids is None:
         raise ValueError(f"ratio {granularity!r} needs macro_ids, which is None; pass Credit.macro_ids")
-    lengths = macro_lengths(macro_ids)
-    pooled = sum_over_actions(log_ratio, macro_ids)
-    if granularity == "macro_mean":
-        pooled = pooled / lengths.clamp(min=1)
-    return pooled.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp(), lengths > 0
+    actions = MacroActions(macro_ids)
+    pooled = actions.mean(log_ratio) if granularity == "macro_mean" else actions.sum(log_ratio)
+    return pooled.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp(), actions.lengths.bool()
 
 
 def policy_loss(
@@ -136,7 +134,8 @@ def policy_loss(
     else:
         ratios, steps = importance_ratio(logprobs, old_logprobs, mask, granularity=ratio, macro_ids=macro_ids)
     pooled = ratio != "token"
-    costs = -(advantages.float() if macro_ids is None or not pooled else _of_actions(advantages, macro_ids))
+    gains = advantages.float()
+    costs = -(gains if macro_ids is None or not pooled else MacroActions(macro_ids).mean(gains))
     losses = costs * ratios
     if clip == "pooled":
         losses = torch.maximum(losses, costs * ratios.clamp(1 - low, 1 + high))
@@ -168,7 +167,8 @@ def _shared(
     """Give each token the advantage that its ratio is multiplied with; 0 outside the response."""
     if ratio == "token" or macro_ids is None:
         return torch.where(mask, advantages.float(), 0)
-    return to_tokens(_of_actions(advantages, macro_ids), macro_ids)
+    actions = MacroActions(macro_ids)
+    return actions.to_tokens(actions.mean(advantages.float()))
 
 
 def value_loss(
@@ -216,11 +216,6 @@ def _check_positive(name: str, number: float) -> None:
     """Refuse a range that holds nothing: clipping to it would pin the model where it was, without a word."""
     if not number > 0:
         raise ValueError(f"{name} is {number}; choose a positive number")
-
-
-def _of_actions(x: Float[Tensor, "B T"], macro_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B M"]:
-    """Average a token quantity over each macro action."""
-    return sum_over_actions(x.float(), macro_ids) / macro_lengths(macro_ids).clamp(min=1)
 
 
 def _mean_over(
