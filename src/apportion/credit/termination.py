@@ -384,38 +384,36 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
     exact = filled.T.to(torch.float64, memory_format=torch.contiguous_format)
     level = exact - filled.cumsum(1, dtype=torch.float64).T.contiguous()  # -P_t, P_t the sum before t
-    columns = torch.arange(length, device=surprise.device)[:, None]
-    line = torch.addcmul(level, exact, columns.double())  # s_t (t - i) > P_t - P_i, with the terms of t on one side
-    small = torch.int16 if length < 2**15 else torch.int32  # half the time of these rounds is memory
+    columns = torch.arange(length, dtype=torch.float64, device=surprise.device)[:, None]
+    line = torch.addcmul(level, exact, columns)  # s_t (t - i) > P_t - P_i, with the terms of t on one side
     blocks = (length // BLOCK, BLOCK, rows)
-    opens = _mean_rises_in_blocks(exact.view(blocks))
-    begins = opens.view(length, rows) * (length - columns).to(
-        small
-    )  # from the end: the first is the largest; 0 is none
-    opened = (opens * columns.to(small).view(-1, BLOCK, 1)).amax(1).double()  # the last beginning in each block
-    kept = torch.full((len(opens), rows), length, dtype=small, device=surprise.device)  # nothing before it stays
+    opens = _mean_rises_in_blocks(exact.view(blocks))  # 1 or 0: comparing is quickest in place of what is compared
+    begins = opens.view(length, rows) * (length - columns)  # from the end: the first is the largest; 0 is none
+    opened = (opens * columns.view(-1, BLOCK, 1)).amax(1)  # the last beginning in each block
+    kept = torch.full_like(opened, length)  # nothing before it stays
     span = BLOCK
     while span < length:
         pairs = (length // span // 2, 2, span, rows)
         left, own = opened.view(pairs[0], 2, rows).unbind(1)
         right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
-        rises = torch.addcmul(height, slope, left[:, None], value=-1) > level.gather(0, left.long())[:, None]
-        first = (right * rises).amax(1)
+        rises = torch.addcmul(height, slope, left[:, None], value=-1).gt_(level.gather(0, left.long())[:, None])
+        first = rises.mul_(right).amax(1)
         kept.view(pairs[0], 2, span // BLOCK, rows)[:, 1].clamp_(max=first[:, None])
         opened = torch.where(first > 0, own, left)
         span *= 2
-    return (opens & (begins.view(blocks) <= kept[:, None])).view(length, rows)[:width].T.contiguous()
+    stay = begins.view(blocks).le_(kept[:, None]).mul_(opens).bool()
+    return stay.view(length, rows)[:width].T.contiguous()
 
 
 BLOCK = 16
 """Tokens that are segmented one after the other: merging so short blocks would take longer."""
 
 
-def _mean_rises_in_blocks(blocks: Float[Tensor, "N K B"]) -> Bool[Tensor, "N K B"]:
-    """Mark where actions begin in blocks of K tokens, each of which begins a row."""
+def _mean_rises_in_blocks(blocks: Float[Tensor, "N K B"]) -> Float[Tensor, "N K B"]:
+    """Mark with 1 where actions begin in blocks of K tokens, each of which begins a row, and all else with 0."""
     stays, one = torch.zeros_like(blocks), blocks.new_ones(())
     total, count = blocks[:, 0], one.expand_as(blocks[:, 0])  # of the action that is open
     for token, stay in zip(blocks.unbind(1)[1:], stays.unbind(1)[1:], strict=True):
         torch.le(token * count, total, out=stay)
         total, count = torch.addcmul(token, total, stay), torch.addcmul(one, count, stay)
-    return stays == 0
+    return 1 - stays
