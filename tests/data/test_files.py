@@ -58,12 +58,17 @@ def test_a_data_set_without_rows_is_refused(name: str, tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_told_in_one_line(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / name
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match="cannot be read as json") as caught:
+    with pytest.raises(ValueError, match="cannot be read as") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err  # `datasets` would log the error besides
+    assert not caplog.records
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

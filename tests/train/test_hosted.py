@@ -42,11 +42,28 @@ def test_the_newest_checkpoint_is_found_and_one_without_safetensors_is_refused(t
     (tmp_path / "config.yaml").write_text(to_yaml(recipe()))
     for step in (5, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-20" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(ValueError, match=r"checkpoint-20 holds no safetensors weights"):
         prepared_folder(recipe(output_dir=str(tmp_path), resume=True))
     (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"")
     assert prepared_folder(recipe(output_dir=str(tmp_path), resume=True)) == str(tmp_path / "checkpoint-20")
+
+
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1.'], ids=["missing", "empty", "cut off"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path, state: str | None) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe()))
+    resumed = recipe(output_dir=str(tmp_path), resume=True)
+    for step in (9, 10):  # by number, not by name
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+    if state is not None:
+        (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(state)
+    assert prepared_folder(resumed) is None
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")
+    assert prepared_folder(resumed) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    assert prepared_folder(resumed) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_folder_of_other_settings_is_not_resumed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -148,6 +149,22 @@ def test_the_newest_checkpoints_are_kept_and_load_to_the_bit(tmp_path: Path) -> 
     tensors, state = newest.load()
     assert torch.equal(tensors["w"]["a/b"], weights * 1_000_000)
     assert state == {"step": 1_000_000, "lr": 0.1 + 0.2}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
+    run = Run.open(tmp_path, CONFIG)
+    older, newer = saved(run, 10), saved(run, 20)
+    (newer / name).write_bytes((newer / name).read_bytes()[:9])
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    with pytest.raises(ValueError, match=r"step-000020 is damaged .*; remove it to resume from the one before"):
+        checkpoint.load()
+    shutil.rmtree(newer)  # as it says
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.path == older
+    assert checkpoint.load()[1] == {"step": 10}
 
 
 def test_what_a_callback_writes_lies_in_the_checkpoint(tmp_path: Path) -> None:

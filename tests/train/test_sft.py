@@ -128,6 +128,10 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(model: 
     whole = sft(settings)
     stopped = model.parent / "stopped"
     shutil.copytree(whole / "checkpoint-3", stopped / "checkpoint-3")
+    shutil.copytree(whole / "checkpoint-6", stopped / "checkpoint-6")
+    # As if killed while it wrote the second: transformers' trainer writes its state last.
+    (stopped / "checkpoint-6" / "trainer_state.json").unlink()
+    (stopped / "checkpoint-6" / "model.safetensors").write_bytes(b"cut off")
     shutil.copy(whole / "config.yaml", stopped)
     sft(replace(settings, output_dir=str(stopped), resume=True))
     ours, theirs = weights(stopped), weights(whole)

@@ -1,9 +1,11 @@
 """Data sets that a user names: files of JSON, JSON lines, Parquet or CSV, or a name on the hub."""
 
 import json
+import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,12 +215,25 @@ def _read_file(path: Path, split: str) -> Dataset:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; give at least one row")
     try:
-        return load_dataset(READERS[_kind(path)], data_files=str(path), split=split)
+        with _unlogged("datasets"):
+            return load_dataset(READERS[_kind(path)], data_files=str(path), split=split)
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         reason = (str(error.__cause__ or error) or "no data").splitlines()[0]
         if reason.endswith(("no data", "no data!")):  # how a file without rows shows
             raise ValueError(f"{path} is empty; give at least one row") from error
         raise ValueError(f"data file {path} cannot be read as {READERS[_kind(path)]}: {reason}") from error
+
+
+@contextmanager
+def _unlogged(library: str) -> Iterator[None]:
+    """Keep a library from logging what is raised as an error anyway."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_hub(name: str, split: str, config: str | None) -> Dataset:

@@ -104,7 +104,10 @@ def read_run(folder: Path) -> RecordedRun:
         raise ValueError(f"{folder / METRICS} is empty: the run has recorded nothing yet")
     steps = [record["step"] for record in records]
     if any(later <= earlier for earlier, later in pairwise(steps)):
-        raise ValueError(f"{folder / METRICS}: the steps do not increase; two runs may have written into it")
+        raise ValueError(
+            f"{folder / METRICS}: the steps do not increase; two runs may have written "
+            "into it, or it is no run of `apportion ppo`"
+        )
     return RecordedRun(
         label=folder.resolve().name,
         folder=folder,

@@ -7,6 +7,7 @@ containers and refuses everything else; a checkpoint whose weights are not safet
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from apportion.data.files import Files, Source
 from apportion.train.arguments import to_yaml
@@ -34,7 +35,7 @@ class HostedRecipe:
         data: The rows, and those held out. Files of your own, or a class by name.
         output_dir: Where the model, its tokenizer, metrics.jsonl (what was logged) and metrics.json (how it ended) go;
             it has to be empty, or `resume` set.
-        resume: Continue from the newest checkpoint in `output_dir`; without one, start.
+        resume: Continue from the newest complete checkpoint in `output_dir`; without one, start.
         seed: Decides the order of rows and the weights of a new head.
         pad_token: Sets the tokenizer's padding token where it has none.
         learning_rate: Peak.
@@ -199,10 +200,30 @@ def prepared_folder(recipe: HostedRecipe) -> str | None:
     check_run_folder(folder, to_yaml(recipe), resume=recipe.resume)
     if not folder.is_dir():
         return None  # made when there is something to write
-    checkpoint = get_last_checkpoint(folder) if recipe.resume else None
-    if checkpoint and not list(Path(checkpoint).glob("*.safetensors")):
+    checkpoint = _latest_complete(folder) if recipe.resume else None
+    if checkpoint and not list(checkpoint.glob("*.safetensors")):
         raise ValueError(f"checkpoint {checkpoint} holds no safetensors weights; others are not loaded")
-    return checkpoint
+    return str(checkpoint) if checkpoint else None
+
+
+def _latest_complete(folder: Path) -> Path | None:
+    """Find the newest checkpoint that was written to its end.
+
+    transformers' trainer writes its state last: where a kill came before, that file is missing or cut off. It deletes
+    older checkpoints only after that, and writes the incomplete one again when the run comes to its step.
+    """
+    numbers = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir() if path.is_dir()}
+    steps = {int(number[1]): path for path, number in numbers.items() if number}
+    return next((steps[step] for step in sorted(steps, reverse=True) if _is_complete(steps[step])), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Tell whether the file that is written last can be read."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def load_tokenizer(recipe: HostedRecipe) -> PreTrainedTokenizerBase:

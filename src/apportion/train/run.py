@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,9 +52,18 @@ class Checkpoint:
     path: Path
 
     def load(self) -> tuple[dict[str, dict[str, Tensor]], Any]:
-        """Return the tensors of each safetensors file beside state.json, by file name, and the state."""
-        tensors = {file.stem: load_file(file) for file in sorted(self.path.glob("*.safetensors"))}
-        return tensors, json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        """Return the tensors of each safetensors file beside state.json, by file name, and the state.
+
+        Raises:
+            ValueError: If a file is damaged, which a kill cannot have done, but a full disk or a loss of power may.
+        """
+        try:
+            tensors = {file.stem: load_file(file) for file in sorted(self.path.glob("*.safetensors"))}
+            return tensors, json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {self.path} is damaged ({error}); remove it to resume from the one before"
+            ) from error
 
 
 class Run:
