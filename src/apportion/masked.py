@@ -16,7 +16,7 @@ def alone(total: Tensor) -> Tensor:
 
 
 def zero_outside(x: Float[Tensor, "*#shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Keep `x` where `mask` is True, 0 elsewhere: `torch.where` without gradient, in half of its time on a CPU.
+    """Keep `x` where `mask` is True, 0 elsewhere: `torch.where` without gradient, and quicker on a CPU.
 
     The bits of a number are multiplied by 1 or 0, so that those of NaN and infinity vanish too.
 

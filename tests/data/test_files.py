@@ -58,13 +58,13 @@ def test_a_data_set_without_rows_is_refused(name: str, tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize(("name", "kind"), [("a.jsonl", "json"), ("a.json", "json"), ("a.parquet", "parquet")])
 def test_a_file_that_cannot_be_read_is_told_in_one_line(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    name: str, kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / name
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match="cannot be read as") as caught:
+    with pytest.raises(ValueError, match=f"cannot be read as {kind}") as caught:
         load(path)
     assert "\n" not in str(caught.value)
     assert not capfd.readouterr().err  # `datasets` would log the error besides

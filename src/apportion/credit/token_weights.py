@@ -11,7 +11,7 @@ from apportion.batch import Rollout, Scores
 from apportion.credit.macro_actions import MacroActions
 from apportion.credit.mixture import Mixture
 from apportion.credit.redistribution import Redistribution, place
-from apportion.masked import is_last
+from apportion.masked import is_last, zero_outside
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def token_weights(
         shares, weight = redistribution.shares(rollout, unit), redistribution.weight
     else:
         shares, weight = place(redistribution, rollout, unit), 1.0
-    shares = torch.where(mask, shares.float(), 0).clamp(min=0)
+    shares = zero_outside(shares, mask).clamp(min=0)
     total, count = shares.sum(1, keepdim=True), mask.sum(1, keepdim=True)
     before_end = torch.where(is_last(mask), 0, shares).sum(1, keepdim=True)
     spread = torch.where(before_end > 0, count * shares / torch.where(total > 0, total, 1), 1)
