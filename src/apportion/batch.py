@@ -6,11 +6,14 @@ token is a response token even where the padding token is the same one.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from apportion.masked import Packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,11 @@ class Rollout:
     def lengths(self) -> Int[Tensor, " B"]:
         """(B) int64. Valid response tokens of each row, the end-of-text token included."""
         return self.response_mask.sum(1)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How the valid response tokens move to the front of their rows; worked out once, for much asks for it."""
+        return Packing(self.response_mask)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Arithmetic that ignores padding: every reduction takes a mask, and padding never speaks."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -122,9 +123,7 @@ def is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     Returns:
         (B, T) bool. At most one True a row.
     """
-    if _are_in_place(mask):
-        return mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
-    return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return Packing(mask).last
 
 
 def _are_in_place(mask: Bool[Tensor, "B T"]) -> bool:
@@ -144,7 +143,14 @@ class Packing:
     def __init__(self, mask: Bool[Tensor, "B T"]) -> None:
         """Find out where each entry goes."""
         self.mask = mask
-        self._places = None if _are_in_place(mask) else ranks(mask)
+        self._places = None if _are_in_place(mask) else ranks(mask).clamp_(min=0)
+
+    @property
+    def last(self) -> Bool[Tensor, "B T"]:
+        """The last valid entry of each row, alone."""
+        if self._places is None:
+            return self.mask & ~torch.nn.functional.pad(self.mask, (0, 1))[:, 1:]
+        return self.mask & (self._places == self._places[:, -1:])
 
     @property
     def packed_mask(self) -> Bool[Tensor, "B T"]:
@@ -162,15 +168,17 @@ class Packing:
         """Move the valid entries of each row to its front, in order, and fill the rest with zero.
 
         Args:
-            x: (B, T) any dtype.
+            x: (B, T) any dtype; nothing flows back to it.
 
         Returns:
             (B, T) same dtype. Entry j is the valid entry of rank j.
         """
-        if self._places is None:
-            return torch.where(self.mask, x, x.new_zeros(()))
-        target = torch.where(self.mask, self._places, x.shape[1])
-        return x.new_zeros(len(x), x.shape[1] + 1).scatter_(1, target, x)[:, :-1]
+        x = x.detach()
+        if self._places is not None:
+            return x.new_zeros(len(x), x.shape[1] + 1).scatter_(1, self._targets, x)[:, :-1]
+        if x.dtype == torch.bool:
+            return x & self.mask
+        return zero_outside(x, self.mask) if x.dtype == torch.float32 else torch.where(self.mask, x, x.new_zeros(()))
 
     def unpack(self, x: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
         """Give each valid entry what stands at its rank.
@@ -181,4 +189,9 @@ class Packing:
         Returns:
             (B, T) same dtype. Without meaning outside of the mask.
         """
-        return x if self._places is None else x.gather(1, self._places.clamp(min=0))
+        return x if self._places is None else x.gather(1, self._places)
+
+    @cached_property
+    def _targets(self) -> Int[Tensor, "B T"]:
+        """Where each entry goes: its rank, or for an invalid one a column behind all."""
+        return torch.where(self.mask, self.ranks, self.mask.shape[1])

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from apportion.batch import ResponseTexts, Rollout
 from apportion.credit.termination import TerminationCondition
-from apportion.masked import is_last
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Delimiter(TerminationCondition):
         self.check(rollout)
         assert rollout.text is not None  # checked above; for the type checker
         mask = rollout.response_mask
-        return mask & _holds(rollout.text, self._last_characters(rollout.text.texts)) | is_last(mask)
+        return mask & _holds(rollout.text, self._last_characters(rollout.text.texts)) | rollout.packing.last
 
     def _last_characters(self, texts: tuple[str, ...]) -> Int[Tensor, "2 L"]:
         """List row and place of each match's last character."""
         finditer = re.compile(self.pattern).finditer
-        ends = [[match.end() - 1 for match in finditer(text) if match[0]] for text in texts]
-        places, counts = _numbers(chain.from_iterable(ends)), _numbers(map(len, ends))
+        ends = [[*map(re.Match.end, filter(itemgetter(0), finditer(text)))] for text in texts]  # no loop of Python's
+        places, counts = _numbers(chain.from_iterable(ends)) - 1, _numbers(map(len, ends))
         rows = torch.arange(len(texts)).repeat_interleave(counts, output_size=len(places))
         return torch.stack([rows, places])
 

@@ -80,13 +80,13 @@ def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Te
         (B, count) int64. Sorting random keys gives a random permutation.
     """
     start = _signed(seed * _GOLDEN + _FIRST + stream * _SECOND)
-    parts = (rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask)
+    parts = (rollout.prompt_ids, Packing(rollout.prompt_mask)), (rollout.response_ids, rollout.packing)
     width = max(ids.shape[1] for ids, _ in parts)
     # Odd weights: no token weighs nothing. A place weighs differently in the prompt and in the response.
     weights = (_mix(torch.arange(2 * width, device=rollout.response_ids.device) * _GOLDEN) | 1).view(-1, 2).unbind(1)
     sums = [
-        (Packing(mask).pack(ids.long() + 1) * own[: ids.shape[1]]).sum(1)
-        for (ids, mask), own in zip(parts, weights, strict=True)
+        (packing.pack(ids.long() + 1) * own[: ids.shape[1]]).sum(1)
+        for (ids, packing), own in zip(parts, weights, strict=True)
     ]
     state = _mix(sums[0] + sums[1] + start)
     steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN

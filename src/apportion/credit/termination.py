@@ -19,7 +19,7 @@ from torch import Tensor
 from apportion.batch import Rollout
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.row_keys import permutations, row_keys
-from apportion.masked import Packing, is_last
+from apportion.masked import Packing
 
 
 def check_whole(name: str, number: object) -> None:
@@ -123,7 +123,7 @@ class WholeResponse(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the last valid token."""
-        return is_last(rollout.response_mask)
+        return rollout.packing.last
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class FixedNgram(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark every n-th valid token, and the last."""
-        packing = Packing(rollout.response_mask)
+        packing = rollout.packing
         width = packing.mask.shape[1]
         opens = torch.arange(width, device=packing.mask.device) % min(self.n, width + 1) == 0
         return _closing_before(opens.expand_as(packing.mask), packing)
@@ -190,15 +190,15 @@ class RandomizedNgram(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the ends of the shuffled lengths, and the last valid token."""
-        mask = rollout.response_mask
+        mask, packing = rollout.response_mask, rollout.packing
         # Filled on the device: to copy a list there would wait for it.
         last = min(sum(self.lengths) * self.repeats, mask.shape[1]) + 1  # no end behind it is looked up
         counts = [mask.new_full((self.repeats,), min(length, last), dtype=torch.long) for length in self.lengths]
         deck = torch.cat(counts)
         ends = deck[row_keys(rollout, len(deck), self.seed, stream=1).argsort(1)].cumsum(1).clamp_(max=last)
         is_end = mask.new_zeros(len(mask), last + 1).scatter_(1, ends, mask.new_ones(ends.shape))
-        places = (Packing(mask).ranks + 1).clamp(0, last).expand_as(mask)
-        return mask & is_end.gather(1, places) | is_last(mask)
+        places = (packing.ranks + 1).clamp_(max=last).expand_as(mask)
+        return mask & is_end.gather(1, places) | packing.last
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Perplexity(TerminationCondition):
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
-        packing = Packing(rollout.response_mask)
+        packing = rollout.packing
         surprise = packing.pack(-rollout.ref_logprobs.float())
         opens = _rises(surprise) if self.variant == "token" else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
         if self.early:
@@ -275,7 +275,7 @@ class Entropy(TerminationCondition):
         """Mark the tokens before which the policy was unsure, and the last valid token."""
         self.check(rollout)
         assert rollout.entropies is not None  # checked above; for the type checker
-        packing = Packing(rollout.response_mask)
+        packing = rollout.packing
         return _closing_before(packing.pack(rollout.entropies > self.threshold), packing)
 
 
@@ -306,7 +306,7 @@ class LowProbability(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the tokens before which an unlikely one was drawn, and the last valid token."""
         least = math.log(self.threshold) if self.threshold else -math.inf
-        packing = Packing(rollout.response_mask)
+        packing = rollout.packing
         return _closing_before(packing.pack(rollout.old_logprobs < least), packing)
 
 
@@ -355,9 +355,10 @@ class ShuffledBoundaries(TerminationCondition):
             lengths = lengths[:, : int(ids.amax()) + 1]
         exists = lengths.bool()
         permuted = lengths.gather(1, permutations(rollout, self.seed, exists))
-        ends = (permuted.cumsum(1) - 1).masked_fill_(~exists, mask.shape[1])  # which come last
-        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, torch.ones_like(exists))[:, :-1]
-        return mask & Packing(mask).unpack(closes)
+        # What does not exist comes last, is empty, and so ends where the last action does.
+        ends = (permuted.cumsum(1) - 1).clamp_(min=0)
+        closes = torch.zeros_like(mask).scatter_(1, ends, torch.ones_like(exists))
+        return mask & rollout.packing.unpack(closes)
 
 
 def _rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -375,6 +376,10 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
     reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
 
+    With P_t the sum before t, token t exceeds the mean of the action that began at i when
+
+        s_t (t - i) > P_t - P_i,    or, the terms of t on one side,    P_t - t s_t + i s_t < P_i
+
     Sums are kept in float64, where those of float32 numbers are exact unless some are less than a millionth of others;
     there a token that equals the mean may be taken to exceed it. Time is the first axis here, which keeps short blocks
     as quick as long ones.
@@ -382,38 +387,64 @@ def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     rows, width = surprise.shape
     length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
     filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
-    exact = filled.T.to(torch.float64, memory_format=torch.contiguous_format)
-    level = exact - filled.cumsum(1, dtype=torch.float64).T.contiguous()  # -P_t, P_t the sum before t
-    columns = torch.arange(length, dtype=torch.float64, device=surprise.device)[:, None]
-    line = torch.addcmul(level, exact, columns)  # s_t (t - i) > P_t - P_i, with the terms of t on one side
+    terms = torch.empty(3, length, rows, dtype=torch.float64, device=surprise.device)
+    begins, exact, line = terms
+    exact.copy_(filled.T.contiguous())  # quicker than to turn and to convert at once
     blocks = (length // BLOCK, BLOCK, rows)
-    opens = _mean_rises_in_blocks(exact.view(blocks))  # 1 or 0: comparing is quickest in place of what is compared
-    begins = opens.view(length, rows) * (length - columns)  # from the end: the first is the largest; 0 is none
-    opened = (opens * columns.view(-1, BLOCK, 1)).amax(1)  # the last beginning in each block
-    kept = torch.full_like(opened, length)  # nothing before it stays
-    span = BLOCK
-    while span < length:
-        pairs = (length // span // 2, 2, span, rows)
-        left, own = opened.view(pairs[0], 2, rows).unbind(1)
-        right, slope, height = (x.view(pairs)[:, 1] for x in (begins, exact, line))
-        rises = torch.addcmul(height, slope, left[:, None], value=-1).gt_(level.gather(0, left.long())[:, None])
-        first = rises.mul_(right).amax(1)
-        kept.view(pairs[0], 2, span // BLOCK, rows)[:, 1].clamp_(max=first[:, None])
-        opened = torch.where(first > 0, own, left)
-        span *= 2
-    stay = begins.view(blocks).le_(kept[:, None]).mul_(opens).bool()
-    return stay.view(length, rows)[:width].T.contiguous()
+    stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
+    ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
+    sums, rest = exact.cumsum(0), length + 1 - ends
+    torch.addcmul(sums, exact, ends, value=-1, out=line)  # P_t - t s_t
+    torch.addcmul(rest, stays.view(length, rows), rest, value=-1, out=begins)  # from the end: the first is the largest
+    last = slice(BLOCK - 1, None, BLOCK)
+    opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
+    opens = begins.view(blocks).le_(_first_that_stays(terms, opened)[:, None]).sub_(stays).bool()
+    return opens.view(length, rows)[:width].T.contiguous()
+
+
+def _first_that_stays(terms: Float[Tensor, "3 L B"], opened: Float[Tensor, "2 N B"]) -> Float[Tensor, "N B"]:
+    """Merge N blocks in pairs, and return before which place none of a block's beginnings stays; see `_mean_rises`.
+
+    Args:
+        terms: (3, L, B) float64. The places where actions begin, counted from the end, 0 elsewhere; s_t; P_t - t s_t.
+        opened: (2, N, B) float64. i and P_i of the action that each block leaves open.
+
+    Returns:
+        (N, B) float64. Counted from the end.
+    """
+    _, length, rows = terms.shape
+    kept = torch.full_like(opened[0], length)
+    number = len(kept) // 2  # of pairs
+    while number:
+        span = len(kept) // number // 2  # blocks in each half
+        left, own = opened.view(2, number, 2, 1, rows).unbind(2)
+        right, surprise, line = terms.view(3, number, 2, span * BLOCK, rows).select(2, 1).unbind()
+        begin, before = left.unbind()
+        rises = torch.addcmul(line, surprise, begin).lt_(before)  # 1 or 0: comparing is quickest in place
+        first = rises.mul_(right).amax(1, keepdim=True)
+        kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
+        opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
+        number //= 2
+    return kept
 
 
 BLOCK = 16
 """Tokens that are segmented one after the other: merging so short blocks would take longer."""
 
 
-def _mean_rises_in_blocks(blocks: Float[Tensor, "N K B"]) -> Float[Tensor, "N K B"]:
-    """Mark with 1 where actions begin in blocks of K tokens, each of which begins a row, and all else with 0."""
+def _mean_stays_in_blocks(
+    blocks: Float[Tensor, "N K B"],
+) -> tuple[Float[Tensor, "N K B"], Float[Tensor, "N B"], Float[Tensor, "N B"]]:
+    """Mark with 0 where actions begin in blocks of K tokens, each of which begins a row, and all else with 1.
+
+    Returns the sum and the number of tokens of the action that each block leaves open, too.
+    """
     stays, one = torch.zeros_like(blocks), blocks.new_ones(())
-    total, count = blocks[:, 0], one.expand_as(blocks[:, 0])  # of the action that is open
-    for token, stay in zip(blocks.unbind(1)[1:], stays.unbind(1)[1:], strict=True):
-        torch.le(token * count, total, out=stay)
-        total, count = torch.addcmul(token, total, stay), torch.addcmul(one, count, stay)
-    return 1 - stays
+    tokens = blocks.unbind(1)
+    total, count = tokens[0].clone(), torch.ones_like(tokens[0])
+    product = torch.empty_like(total)
+    for token, stay in zip(tokens[1:], stays.unbind(1)[1:], strict=True):
+        torch.le(torch.mul(token, count, out=product), total, out=stay)
+        torch.addcmul(token, total, stay, out=total)
+        torch.addcmul(one, count, stay, out=count)
+    return stays, total, count
