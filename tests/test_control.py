@@ -41,6 +41,14 @@ CHANGES = {
     "boundaries-shuffled": {
         *("termination.class_path", "termination.init_args.variant", "termination.init_args.early"),
     },
+    "parse": {
+        *("termination.class_path", "termination.init_args.n"),
+        *(f"termination.init_args.{name}" for name in ("cutoff", "workers", "backend")),
+    },
+    "parse-shuffled": {
+        "termination.class_path",
+        *(f"termination.init_args.{name}" for name in ("cutoff", "workers", "backend")),
+    },
     "last-token-apart": {"last_token_apart"},
     "clamped-scores": {"score_clamp"},
 }
