@@ -39,7 +39,11 @@ def arguments(work: Workload) -> PPOArguments:
         num_steps=100_000,
         batch_size=work.rows,
         sampling=Sampling(max_new_tokens=work.new),
-        ppo=PPOConfig(num_ppo_epochs=work.epochs, micro_batch_tokens=work.micro_rows * (work.prompt + work.new)),
+        ppo=PPOConfig(
+            num_ppo_epochs=work.epochs,
+            num_mini_batches=work.mini_batches,
+            micro_batch_tokens=work.micro_rows * (work.prompt + work.new),
+        ),
         learning_rate=1e-6,
         critic_learning_rate=1e-6,
         eval_steps=0,

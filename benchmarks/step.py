@@ -129,6 +129,14 @@ SETTINGS = {
         blocks=6,
         aim=1.05,
     ),
+    "policy attention, minibatches": Setting(
+        title="float32, the policy's attention from the pass before four minibatches",
+        work=replace(WHOLE, mini_batches=4),
+        peers=(),
+        methods=("token PPO", "ABC-D"),
+        blocks=6,
+        aim=1.05,
+    ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",
         work=replace(WHOLE, epochs=4),
@@ -188,10 +196,10 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def measure(setting: Setting, trl: Path) -> list[list[dict]]:
+def measure(setting: Setting, trl: Path | None) -> list[list[dict]]:
     """Let all sides take turns; return the updates of apportion, then those of each peer."""
     ours = Worker(Path(sys.executable), "apportion_peer.py", setting.work.dump(), ",".join(setting.methods))
-    theirs = [Worker(trl, "trl_peer.py", peer.work.dump()) for peer in setting.peers]
+    theirs = [Worker(trl, "trl_peer.py", peer.work.dump()) for peer in setting.peers if trl is not None]
     turns = [(ours, max(2, len(setting.methods))), *((worker, 2) for worker in theirs)]
     done: list[list[dict]] = [[] for _ in turns]
     for block in range(setting.blocks + 1):
@@ -220,7 +228,7 @@ def verdict(name: str, ratio: float, aim: float | None = None) -> str:
     return f"- {name}: {ratio:.3f}{met}"
 
 
-def compared(setting: Setting, trl: Path) -> Iterator[str]:
+def compared(setting: Setting, trl: Path | None) -> Iterator[str]:
     """Measure one setting and report on it, line by line."""
     ours, *theirs = measure(setting, trl)
     by_method = {name: [update for update in ours if update["method"] == name] for name in setting.methods}
@@ -243,26 +251,25 @@ def compared(setting: Setting, trl: Path) -> Iterator[str]:
     yield ""
 
 
-def circumstances(trl: Path) -> Iterator[str]:
+def circumstances(trl: Path | None) -> Iterator[str]:
     """State the command, the commit, the machine and the hour."""
     git = ("git", "-C", str(ROOT))
     commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--short", "src"], capture_output=True, text=True).stdout.strip()
     models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
-    packages = [trl, "-m", "pip", "list", "--format", "freeze"]
-    installed = subprocess.run(packages, capture_output=True, text=True).stdout.split()
-    theirs = ", ".join(
-        line for line in installed if line.split("==")[0] in ("torch", "transformers", "trl", "accelerate")
-    )
     ours = ", ".join(f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate"))
     yield f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
     yield f"- commit: {commit}{' with changes to src' if changed else ''}"
     yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores, one thread"
     yield f"- apportion: {ours}; Python {platform.python_version()}"
-    yield f"- TRL: {theirs}"
+    if trl is not None:
+        packages = [trl, "-m", "pip", "list", "--format", "freeze"]
+        installed = subprocess.run(packages, capture_output=True, text=True).stdout.split()
+        shown = ("torch", "transformers", "trl", "accelerate")
+        yield f"- TRL: {', '.join(line for line in installed if line.split('==')[0] in shown)}"
 
 
-def report(settings: list[Setting], trl: Path) -> Iterator[str]:
+def report(settings: list[Setting], trl: Path | None) -> Iterator[str]:
     """Measure, and write the report line by line."""
     begin, load = datetime.now(UTC), os.getloadavg()[0]
     yield from ("# A PPO update beside TRL 1.12's", "")
@@ -287,7 +294,8 @@ def main() -> None:
         settings = [replace(setting, blocks=arguments.blocks) for setting in settings]
     path = HERE / "results" / f"step-{datetime.now(UTC):%Y-%m-%d}.md"
     lines = []
-    for text in report(settings, environment(arguments.trl_env)):
+    trl = environment(arguments.trl_env) if any(setting.peers for setting in settings) else None
+    for text in report(settings, trl):
         print(text, flush=True)
         lines.append(text)
         if arguments.write:

@@ -34,6 +34,7 @@ class Workload:
 
     Attributes:
         epochs: PPO epochs.
+        mini_batches: Minibatches of an epoch; TRL's side has one.
         rows: Responses an update.
         micro_rows: Rows that a model is given at once in the update.
         prompt: Tokens of a prompt.
@@ -43,6 +44,7 @@ class Workload:
     """
 
     epochs: int = 1
+    mini_batches: int = 1
     rows: int = 32
     micro_rows: int = 32
     prompt: int = 32
