@@ -27,6 +27,7 @@ from apportion import (
     RandomizedNgram,
     Sampling,
     Shuffled,
+    ShuffledBoundaries,
     Terminal,
     Uniform,
     WholeResponse,
@@ -49,7 +50,7 @@ def configurations() -> Iterator[CreditConfig]:
     """Every termination with every redistribution, under three settings of the rest."""
     terminations = (
         *(EveryToken(), FixedNgram(n=5), RandomizedNgram(), WholeResponse()),
-        *(Perplexity(), Perplexity(variant="segment"), Perplexity(early=True)),
+        *(Perplexity(), Perplexity(variant="segment"), Perplexity(early=True), ShuffledBoundaries(Perplexity())),
     )
     redistributions = (Terminal(), Uniform(beta=0.5), Attention(), PrefixDifference(), Shuffled(inner=Attention()))
     by_token = CreditConfig(advantage=GAE(gamma=0.99, per="token"), macro_value="position", whiten_advantages=True)

@@ -73,6 +73,14 @@ def test_equal_values_are_whitened_to_zero_though_their_sums_were_rounded(value:
     assert masked_whiten(x, mask)[0].abs().min() > 1
 
 
+@pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_not_whitened_away(value: float) -> None:
+    mask = mask_of([[1, 1, 0], [1, 1, 1]])
+    white = masked_whiten(torch.tensor([[1.0, value, 3.0], [2.0, 4.0, 5.0]]), mask)
+    assert white[mask].isnan().all()
+    assert white[0, 2] == 0
+
+
 def test_a_single_value_is_whitened_to_zero() -> None:
     assert torch.equal(masked_whiten(torch.tensor([[5.0, NAN]]), mask_of([[1, 0]])), torch.zeros(1, 2))
 

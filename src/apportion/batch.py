@@ -64,6 +64,9 @@ class ResponseTexts:
 class Rollout:
     """Sampled responses with all that was known when they were sampled.
 
+    What is worked out of the mask is kept (`packing`), so nothing may be written into the tensors; for other ones,
+    `dataclasses.replace` makes another rollout.
+
     Attributes:
         prompt_ids: (B, P) int64. Left-padded prompt.
         prompt_mask: (B, P) bool. False on padding.

@@ -72,7 +72,8 @@ def masked_whiten(
     """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
 
     Values that differ from each other by less than 1e-5 of their size are equal but for float32's rounding of the sums
-    that they came from: they give 0, where to scale rounding would be to learn from it.
+    that they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, none
+    of the answers is.
 
     Args:
         x: (...) float. Any values; what lies outside the mask has no effect.
@@ -84,8 +85,8 @@ def masked_whiten(
         (...) float32.
     """
     mean, variance = masked_mean(x, mask, reduce=reduce), masked_var(x, mask, reduce=reduce)
-    varies = variance > (1e-5 * mean) ** 2
-    return torch.where(mask & varies, (x.float() - mean) * torch.rsqrt(variance + eps), 0)
+    equal = variance <= (1e-5 * mean) ** 2  # False for NaN
+    return torch.where(mask & ~equal, (x.float() - mean) * torch.rsqrt(variance + eps), 0)
 
 
 def ranks(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion import Delimiter, Rollout, macro_ids
-from batches import mask_of, padded, spoiled
+from batches import mask_of, padded, spoiled, without_type_checks
 from texts import sizes, with_spans, written
 
 
@@ -85,6 +86,12 @@ def test_a_rollout_without_text_is_refused() -> None:
     message = r"Delimiter needs Rollout.text, which is None; add it with apportion.with_text\(rollout, tokenizer\)"
     with pytest.raises(ValueError, match=message):
         Delimiter("a")(rollout)
+
+
+@pytest.mark.parametrize("pattern", [5, b"x", ["a"]])
+def test_what_is_no_text_is_refused(pattern: Any) -> None:
+    with without_type_checks(), pytest.raises(ValueError, match=r"pattern is .*; give a regular expression as text"):
+        Delimiter(pattern)
 
 
 def test_what_is_no_regular_expression_is_refused() -> None:

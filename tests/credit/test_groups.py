@@ -56,6 +56,15 @@ def test_a_group_that_earned_the_same_has_advantage_0_to_the_bit(
 
 
 @every_estimator
+def test_a_group_that_earned_the_same_but_for_rounding_has_advantage_0(estimator: type[GroupEstimator]) -> None:
+    """Sums of the same terms in another order; beside a group that differs by little, and one that is not finite."""
+    found = advantages(estimator(2), [0.04999997, 0.04999999, 0.05, 0.0501])
+    assert found[:2] == [0, 0]
+    assert found[2] < 0 < found[3]
+    assert not estimator(2)(earned([1.0, torch.inf]))[0].isfinite().any()
+
+
+@every_estimator
 def test_a_response_without_tokens_is_left_out_of_its_group(estimator: type[GroupEstimator]) -> None:
     found = advantages(estimator(3), [1.0, 9.0, 2.0], [2, 0, 1])
     wanted = advantages(estimator(2), [1.0, 2.0], [2, 1])

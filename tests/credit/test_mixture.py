@@ -123,6 +123,18 @@ def test_what_is_no_mixture_is_refused(weights: dict, message: str) -> None:
         Mixture.of(weights)
 
 
+def test_parts_without_a_name_for_their_weight_are_refused() -> None:
+    pairs: Any = [(Terminal(), 1.0)]
+    with without_type_checks(), pytest.raises(ValueError, match=r"parts holds \(Terminal\(\), 1.0\); give Weighted\("):
+        Mixture(pairs)
+
+
+def test_a_seed_that_is_no_whole_number_is_refused() -> None:
+    seed: Any = 0.5
+    with without_type_checks(), pytest.raises(ValueError, match=r"seed is 0\.5; give a whole number"):
+        Shuffled(Uniform(), seed=seed)
+
+
 @pytest.mark.parametrize("redistribution", [first_token, Mixture.of({first_token: 1.0})])
 def test_a_callable_of_a_user_stands_in_the_place_of_a_redistribution(redistribution: Any) -> None:
     mask = mask_of_lengths(3, 2, 0)

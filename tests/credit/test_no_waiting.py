@@ -25,6 +25,7 @@ from apportion import (
     Rollout,
     Scores,
     Shuffled,
+    ShuffledBoundaries,
     Terminal,
     Uniform,
     WholeResponse,
@@ -43,6 +44,7 @@ TERMINATIONS = (
     Entropy(),
     LowProbability(),
     WholeResponse(),
+    *(ShuffledBoundaries(FixedNgram()), ShuffledBoundaries(Perplexity())),
 )
 REDISTRIBUTIONS = (
     *(Terminal(), Uniform(), Attention(), PrefixDifference(), Shuffled(Attention()), ErrorLine()),

@@ -17,6 +17,11 @@ def test_no_penalty_leaves_the_scores() -> None:
     assert torch.equal(token_level_rewards(scores, scores, -scores, mask_of([[1, 1]]), kl_coef=0.0), scores)
 
 
+def test_no_penalty_is_none_where_the_reference_holds_a_token_for_impossible() -> None:
+    scores, ref = torch.tensor([[1.0, -2.0]]), torch.tensor([[-torch.inf, torch.nan]])
+    assert torch.equal(token_level_rewards(scores, scores, ref, mask_of([[1, 1]]), kl_coef=0.0), scores)
+
+
 def test_half_precision_log_probabilities_are_subtracted_in_float32() -> None:
     old, ref = torch.tensor([[-0.1]], dtype=torch.bfloat16), torch.tensor([[-20.0]], dtype=torch.bfloat16)
     rewards = token_level_rewards(torch.zeros(1, 1), old, ref, mask_of([[1]]), kl_coef=1.0)

@@ -355,6 +355,11 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
         (lambda: Perplexity(variant="segment", early=True), "early is True with variant 'segment'"),
         (lambda: ShuffledBoundaries(FixedNgram), r"inner is <class .*; give an instance, FixedNgram\(...\)"),
         (lambda: ShuffledBoundaries("Perplexity"), r"inner is 'Perplexity'; give an instance"),  # pyright: ignore
+        (lambda: ShuffledBoundaries(FixedNgram(), seed=1.5), r"seed is 1\.5; give a whole number"),  # pyright: ignore
+        (lambda: RandomizedNgram(seed="a"), "seed is 'a'; give a whole number"),  # pyright: ignore
+        (lambda: RandomizedNgram(lengths=5), "lengths is 5; give several whole numbers"),  # pyright: ignore
+        (lambda: Entropy("a"), "threshold is 'a'; choose a number of at least 0"),  # pyright: ignore
+        (lambda: LowProbability("a"), "threshold is 'a'; choose a probability"),  # pyright: ignore
     ],
 )
 def test_settings_without_a_meaning_are_refused(make, message: str) -> None:
@@ -376,6 +381,20 @@ def test_junk_in_the_padding_of_a_rollout_is_not_read() -> None:
     other = spoiled(replace(rollout, response_ids=rollout.response_ids + 1000 * (~rollout.response_mask)))
     for condition in CONDITIONS:
         assert torch.equal(condition(other), condition(rollout))
+
+
+@pytest.mark.parametrize("condition", [*CONDITIONS, ShuffledBoundaries(inner=Perplexity())], ids=str)
+def test_where_nobody_looks_for_holes_the_boundaries_are_the_same(
+    condition: TerminationCondition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another device than a CPU, where to look would be to wait."""
+    lengths = torch.randint(0, 40, (50,), generator=torch.Generator().manual_seed(0))
+    mask = mask_of_lengths(*lengths.tolist(), width=41)
+    mask[25:, 5:8] = False
+    rollout = random_rollout(mask)
+    looked = condition(rollout)
+    monkeypatch.setattr("apportion.masked._are_in_place", lambda _: False)
+    assert torch.equal(condition(replace(rollout)), looked)
 
 
 @given(mask=masks, seed=st.integers(0, 99))

@@ -220,6 +220,7 @@ def test_a_backend_that_does_not_parse_is_refused(backend: Any, shown: str) -> N
     [
         (lambda: ConstituencyParse(cutoff=0), "cutoff is 0; choose at least 1 token, 5 for prose and 10 for programs"),
         (lambda: CodeParse(workers=-1), "workers is -1; choose a number of processes, or 0 to parse in this one"),
+        (lambda: CodeParse(language="c++"), r"language is 'c\+\+'; give that of a package .* such as python or cpp"),
         (lambda: CodeParse(language="c_sharp").open(), "pip install tree-sitter tree-sitter-c-sharp"),
         (
             lambda: PAIRS(replace(written(["a"]), text=None)),

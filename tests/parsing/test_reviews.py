@@ -39,6 +39,12 @@ def test_sentences_of_the_grammar_are_divided_into_its_constituents() -> None:
     ]
 
 
+def test_a_phrase_ends_where_the_next_clause_begins_without_punctuation() -> None:
+    said = ["the plot was good the cast was bad .", "the plot was good", "the plot", "was good"]
+    assert phrases(said[0]) == [[*said, "the cast was bad", "the cast", "was bad"]]
+    assert phrases("a long music film") == [["a long music film", "a long music film"]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_each_clause_of_the_grammar_is_a_constituent(seed: int) -> None:
     rng = random.Random(seed)

@@ -38,6 +38,8 @@ class Delimiter(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compiled, or closes nothing."""
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"pattern is {self.pattern!r}; give a regular expression as text, such as '\\n'")
         if not self.pattern:
             raise ValueError(
                 "pattern is empty, which matches nothing that could close an action; give one, such as '\\n'"

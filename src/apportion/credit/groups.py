@@ -2,7 +2,8 @@
 
 What a response earned is the sum of its token-level rewards: its score less the KL penalty of its tokens. A group is g
 adjacent rows, the responses to one prompt. Rows without tokens are left out of their group. A group that earned the
-same everywhere has advantage 0, to the bit; so has a response that is alone in its group.
+same everywhere, but for float32's rounding of sums, has advantage 0, to the bit; so has a response that is alone in its
+group.
 """
 
 from abc import abstractmethod
@@ -35,6 +36,8 @@ class Groups:
 
             c_i = R_i - mean over the group of R
 
+        What lies within 1e-5 of the largest is the same, as in `masked_whiten`: GRPO would scale rounding up.
+
         Args:
             totals: (B) float. What each response earned; groups are adjacent rows.
             exists: (B) bool. Responses that count; the others may hold anything.
@@ -56,6 +59,9 @@ class Groups:
         # Measured from the lowest, equal numbers are zeros, and their mean is one too: it never rounds.
         lowest = torch.where(there, totals, torch.inf).amin(1, keepdim=True)
         above = torch.where(there, totals - lowest, 0)
+        size = torch.where(there, totals, 0).abs().amax(1, keepdim=True)
+        same = (above.amax(1, keepdim=True) <= 1e-5 * size) & size.isfinite()
+        above = torch.where(same, 0, above)
         mean = above.sum(1, keepdim=True) / sizes.clamp(min=1)
         return cls(centred=torch.where(there, above - mean, 0), sizes=sizes)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apportion.batch import Needs, Rollout, Scores
 from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place
-from apportion.credit.row_keys import permutations
+from apportion.credit.row_keys import check_seed, permutations
 from apportion.masked import zero_outside
 
 
@@ -68,6 +68,10 @@ class Mixture(Redistribution):
         object.__setattr__(self, "parts", self.of(given).parts if isinstance(given, Mapping) else tuple(given))
         if not self.parts:
             raise ValueError("parts is empty; give redistributions with weights that sum to 1")
+        if bad := [part for part in self.parts if not isinstance(part, Weighted)]:
+            raise ValueError(
+                f"parts holds {bad[0]!r}; give Weighted(redistribution=..., weight=...), or Mixture.of({{...: weight}})"
+            )
         total = math.fsum(part.weight for part in self.parts)
         if abs(total - 1) > 1e-6:
             weights = ", ".join(f"{part.weight}" for part in self.parts)
@@ -129,6 +133,7 @@ class Shuffled(Redistribution):
     def __post_init__(self) -> None:
         """Refuse what is no redistribution."""
         check_redistribution(self.inner)
+        check_seed(self.seed)
 
     @property
     def needs(self) -> Needs:

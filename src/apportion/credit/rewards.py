@@ -23,7 +23,7 @@ def token_level_rewards(
         old_logprobs: (B, T) float. Log-probability under the sampling policy, in nats.
         ref_logprobs: (B, T) float. Log-probability under the reference, in nats.
         mask: (B, T) bool. True on valid response tokens.
-        kl_coef: Price of a nat, at least 0.
+        kl_coef: Price of a nat, at least 0; at 0 the log-probabilities are not read, whatever they are.
 
     Returns:
         (B, T) float32. 0 outside the mask.
@@ -31,5 +31,7 @@ def token_level_rewards(
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 2; the estimator k1, constant kl_coef.
     """
+    if kl_coef == 0:
+        return zero_outside(token_level_scores, mask)
     penalty = kl_coef * (old_logprobs.float() - ref_logprobs.float())
     return zero_outside(token_level_scores.float() - penalty, mask)

@@ -8,6 +8,8 @@ Source:
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in 64-bit integers that wrap.
 """
 
+from numbers import Integral
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -32,6 +34,16 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     x = (x >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(x).mul_(_FIRST)
     x = (x >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(x).mul_(_SECOND)
     return (x >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(x)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: If it is not a whole number.
+    """
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}; give a whole number, such as 0")
 
 
 def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:

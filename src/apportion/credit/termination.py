@@ -7,9 +7,9 @@ Conditions that read text are in `delimiter` and in the package `parsing`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from apportion.batch import Rollout
 from apportion.credit.macro_actions import macro_ids, macro_lengths
-from apportion.credit.row_keys import permutations, row_keys
+from apportion.credit.mean_rises import mean_rises
+from apportion.credit.row_keys import check_seed, permutations, row_keys
 from apportion.masked import Packing
 
 
@@ -181,6 +182,9 @@ class RandomizedNgram(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse actions without tokens."""
+        if not isinstance(self.lengths, Iterable):
+            raise ValueError(f"lengths is {self.lengths!r}; give several whole numbers, such as (2, 3, 5, 10)")
+        check_seed(self.seed)
         for name, number in (*(("lengths", length) for length in self.lengths), ("repeats", self.repeats)):
             check_whole(name, number)
         if not self.lengths or min(self.lengths) < 1:
@@ -210,6 +214,9 @@ class Perplexity(TerminationCondition):
         token     s_t > s_{t-1}
         segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
 
+    In a mean an infinite surprise counts as 1e9 nats. Sums are exact for float32 numbers that are less than a million
+    times apart; beyond that, a token that equals the mean may be taken to exceed it.
+
     Attributes:
         variant: Which of the two.
         early: Close one token before that, as the official code does when it is fed what it expects (for parity only;
@@ -236,7 +243,7 @@ class Perplexity(TerminationCondition):
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
         packing = rollout.packing
         surprise = packing.pack(-rollout.ref_logprobs.float())
-        opens = _rises(surprise) if self.variant == "token" else _mean_rises(surprise.clamp(max=IMPOSSIBLE))
+        opens = _rises(surprise) if self.variant == "token" else mean_rises(surprise.clamp(max=IMPOSSIBLE))
         if self.early:
             opens = torch.nn.functional.pad(opens & packing.packed_mask, (0, 1))[:, 1:]
         return _closing_before(opens, packing)
@@ -263,8 +270,8 @@ class Entropy(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse what is no entropy."""
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold is {self.threshold}; choose a number of at least 0, in nats, such as 1.75")
+        if not (isinstance(self.threshold, Real) and self.threshold >= 0):
+            raise ValueError(f"threshold is {self.threshold!r}; choose a number of at least 0, in nats, such as 1.75")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -300,8 +307,8 @@ class LowProbability(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse what is no probability."""
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}; choose a probability in [0, 1], such as 0.2")
+        if not (isinstance(self.threshold, Real) and 0 <= self.threshold <= 1):
+            raise ValueError(f"threshold is {self.threshold!r}; choose a probability in [0, 1], such as 0.2")
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the tokens before which an unlikely one was drawn, and the last valid token."""
@@ -340,6 +347,7 @@ class ShuffledBoundaries(TerminationCondition):
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
         check_condition("inner", self.inner)
+        check_seed(self.seed)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -355,9 +363,8 @@ class ShuffledBoundaries(TerminationCondition):
             lengths = lengths[:, : int(ids.amax()) + 1]
         exists = lengths.bool()
         permuted = lengths.gather(1, permutations(rollout, self.seed, exists))
-        # What does not exist comes last, is empty, and so ends where the last action does.
-        ends = (permuted.cumsum(1) - 1).clamp_(min=0)
-        closes = torch.zeros_like(mask).scatter_(1, ends, torch.ones_like(exists))
+        ends = (permuted.cumsum(1) - 1).masked_fill_(~exists, mask.shape[1])  # which come last
+        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, torch.ones_like(exists))[:, :-1]
         return mask & rollout.packing.unpack(closes)
 
 
@@ -365,86 +372,3 @@ def _rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Mark the tokens that are harder to foresee than the one before; without meaning in the filling."""
     previous = torch.nn.functional.pad(surprise, (1, 0), value=math.inf)[:, : surprise.shape[1]]
     return surprise > previous
-
-
-def _mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
-
-    Blocks of tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the right block
-    stay, but for those up to the first that exceeds the mean of the action which the left block leaves open. That is
-    exact: inside an action of the right block the mean only falls from the first token on, and if that token did not
-    exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
-    reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
-
-    With P_t the sum before t, token t exceeds the mean of the action that began at i when
-
-        s_t (t - i) > P_t - P_i,    or, the terms of t on one side,    P_t - t s_t + i s_t < P_i
-
-    Sums are kept in float64, where those of float32 numbers are exact unless some are less than a millionth of others;
-    there a token that equals the mean may be taken to exceed it. Time is the first axis here, which keeps short blocks
-    as quick as long ones.
-    """
-    rows, width = surprise.shape
-    length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
-    filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
-    terms = torch.empty(3, length, rows, dtype=torch.float64, device=surprise.device)
-    begins, exact, line = terms
-    exact.copy_(filled.T.contiguous())  # quicker than to turn and to convert at once
-    blocks = (length // BLOCK, BLOCK, rows)
-    stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
-    ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
-    sums, rest = exact.cumsum(0), length + 1 - ends
-    torch.addcmul(sums, exact, ends, value=-1, out=line)  # P_t - t s_t
-    torch.addcmul(rest, stays.view(length, rows), rest, value=-1, out=begins)  # from the end: the first is the largest
-    last = slice(BLOCK - 1, None, BLOCK)
-    opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
-    opens = begins.view(blocks).le_(_first_that_stays(terms, opened)[:, None]).sub_(stays).bool()
-    return opens.view(length, rows)[:width].T.contiguous()
-
-
-def _first_that_stays(terms: Float[Tensor, "3 L B"], opened: Float[Tensor, "2 N B"]) -> Float[Tensor, "N B"]:
-    """Merge N blocks in pairs, and return before which place none of a block's beginnings stays; see `_mean_rises`.
-
-    Args:
-        terms: (3, L, B) float64. The places where actions begin, counted from the end, 0 elsewhere; s_t; P_t - t s_t.
-        opened: (2, N, B) float64. i and P_i of the action that each block leaves open.
-
-    Returns:
-        (N, B) float64. Counted from the end.
-    """
-    _, length, rows = terms.shape
-    kept = torch.full_like(opened[0], length)
-    number = len(kept) // 2  # of pairs
-    while number:
-        span = len(kept) // number // 2  # blocks in each half
-        left, own = opened.view(2, number, 2, 1, rows).unbind(2)
-        right, surprise, line = terms.view(3, number, 2, span * BLOCK, rows).select(2, 1).unbind()
-        begin, before = left.unbind()
-        rises = torch.addcmul(line, surprise, begin).lt_(before)  # 1 or 0: comparing is quickest in place
-        first = rises.mul_(right).amax(1, keepdim=True)
-        kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
-        opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
-        number //= 2
-    return kept
-
-
-BLOCK = 16
-"""Tokens that are segmented one after the other: merging so short blocks would take longer."""
-
-
-def _mean_stays_in_blocks(
-    blocks: Float[Tensor, "N K B"],
-) -> tuple[Float[Tensor, "N K B"], Float[Tensor, "N B"], Float[Tensor, "N B"]]:
-    """Mark with 0 where actions begin in blocks of K tokens, each of which begins a row, and all else with 1.
-
-    Returns the sum and the number of tokens of the action that each block leaves open, too.
-    """
-    stays, one = torch.zeros_like(blocks), blocks.new_ones(())
-    tokens = blocks.unbind(1)
-    total, count = tokens[0].clone(), torch.ones_like(tokens[0])
-    product = torch.empty_like(total)
-    for token, stay in zip(tokens[1:], stays.unbind(1)[1:], strict=True):
-        torch.le(torch.mul(token, count, out=product), total, out=stay)
-        torch.addcmul(token, total, stay, out=total)
-        torch.addcmul(one, count, stay, out=count)
-    return stays, total, count

@@ -220,6 +220,11 @@ class CodeParse(ParseCondition):
     workers: int = 0
     language: str = "python"
 
+    def __post_init__(self) -> None:
+        """Refuse languages that cannot be."""
+        super().__post_init__()
+        _ = self.parser
+
     @property
     def parser(self) -> Parser:
         """What makes the trees."""

@@ -30,9 +30,9 @@ _CASCADE = tuple(
     (label, re.compile(pattern))
     for label, pattern in (
         ("a", "R*O"),  # very dull
-        ("n", "D?J*N|P"),  # a young sailor
+        ("n", "D?J*N+|P"),  # a young sailor
         ("p", "In"),  # at the cinema
-        ("v", "G?VG?[nap]*"),  # was not very dull
+        ("v", "G?VG?n?[ap]*"),  # was not very dull
         ("s", "nv"),  # the plot was not very dull
     )
 )

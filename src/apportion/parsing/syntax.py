@@ -18,11 +18,21 @@ class TreeSitter(Parser):
     Attributes:
         language: Of the package `tree_sitter_<language>`, which has to be installed: python, c, rust, ...
 
+    Raises:
+        ValueError: If the language can be no part of a package's name.
+
     Source:
         https://tree-sitter.github.io/tree-sitter
     """
 
     language: str = "python"
+
+    def __post_init__(self) -> None:
+        """Refuse what can be no part of a package's name."""
+        if not (isinstance(self.language, str) and self.language.isidentifier()):
+            raise ValueError(
+                f"language is {self.language!r}; give that of a package tree_sitter_<language>, such as python or cpp"
+            )
 
     @cached_property
     def _parser(self) -> Any:

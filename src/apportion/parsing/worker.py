@@ -37,7 +37,9 @@ def parsed(parser: Parser | Parse, texts: Sequence[str]) -> list[Trees | None]:
         return [_checked(trees) for trees in found]
     except Exception as error:  # of a library, or of a user's own parser; training must not stop for it
         if len(texts) == 1:
-            print(f"apportion: {parser} cannot parse {texts[0]!r}: {error!r}", file=sys.stderr)
+            name = getattr(parser, "__qualname__", None)
+            told = parser if name is None else f"{parser.__module__}.{name}"
+            print(f"apportion: {told} cannot parse {texts[0]!r}: {error!r}", file=sys.stderr)
             return [None]
         return [found for text in texts for found in parsed(parser, [text])]
 
