@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apportion.batch import rows
-from apportion.credit.row_keys import permutations, row_keys
+from apportion.credit.row_keys import _order, permutations, row_keys
 from batches import mask_of_lengths, padded, random_rollout
 
 
@@ -57,8 +59,14 @@ def test_keys_are_spread_evenly() -> None:
     assert ((set_bits - 0.5).abs() < 5 * 0.5 / 64000**0.5).all()
 
 
-@pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 300])
-def test_a_row_is_permuted_alike_alone_and_among_many_that_are_sorted_as_one_line(count: int) -> None:
+@given(st.lists(st.lists(st.integers(-5, 5) | st.sampled_from([-(2**23), 2**23 - 1]), min_size=6, max_size=6)))
+def test_keys_are_sorted_as_by_torch_and_equal_ones_keep_their_order(drawn: list) -> None:
+    keys = torch.tensor(drawn, dtype=torch.long).view(-1, 6)
+    assert torch.equal(_order(keys), keys.argsort(dim=1, stable=True))
+
+
+@pytest.mark.parametrize("count", [1, 64, 300])
+def test_a_row_is_permuted_alike_alone_and_among_many(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     mask = torch.rand(count, 512, generator=generator) < torch.rand(count, 1, generator=generator)
     rollout = random_rollout(mask)

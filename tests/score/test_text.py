@@ -106,6 +106,8 @@ def test_any_ids_give_the_text_that_reward_functions_get(gpt2, drawn: list, extr
         assert starts == sorted(starts)
         said = [span for span in spans if span[0] < span[1]]  # a special token may stand inside of a character
         assert said == sorted(said)
+        following = [next((s for s, end in spans[t:] if s < end), len(text)) for t in range(len(spans))]
+        assert rollout.text.begins[row, : len(ids)].clamp(max=len(text)).tolist() == following
         alone = with_text(rollout_of([[464]], [ids], 50256), gpt2)
         assert alone.text is not None
         assert alone.text.spans[0].tolist() == spans
@@ -123,6 +125,14 @@ def test_rows_are_taken_from_texts_too() -> None:
         assert taken.text.texts == tuple(text.texts[row] for row in wanted)
         assert torch.equal(taken.text.spans, text.spans[wanted])
         assert torch.equal(taken.entropies, rollout.entropies[wanted])
+
+
+def test_what_covers_nothing_begins_where_the_next_token_does() -> None:
+    """On the left, in holes, at the end; and a row without text is all behind it."""
+    spans = torch.tensor([[[0, 0], [0, 2], [0, 0], [2, 3], [3, 3]], [[0, 0]] * 5])
+    text = ResponseTexts(texts=("abc", ""), spans=spans)
+    assert text.begins.tolist() == [[0, 0, 2, 2, 3], [3] * 5]
+    assert text[1:].begins.tolist() == [[0] * 5]
 
 
 def test_texts_that_do_not_fit_are_refused() -> None:

@@ -2,10 +2,8 @@
 
 import re
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Int
@@ -62,36 +60,24 @@ class Delimiter(TerminationCondition):
         self.check(rollout)
         assert rollout.text is not None  # checked above; for the type checker
         mask = rollout.response_mask
-        return mask & _holds(rollout.text, self._last_characters(rollout.text.texts)) | rollout.packing.last
+        return mask & _hold(rollout.text, self._ends(rollout.text.texts)) | rollout.packing.last
 
-    def _last_characters(self, texts: tuple[str, ...]) -> Int[Tensor, "2 L"]:
-        """List row and place of each match's last character."""
+    def _ends(self, texts: tuple[str, ...]) -> Int[Tensor, "B M"]:
+        """List where matches end, one after the last character of each; behind the last of a row stands 0."""
         finditer = re.compile(self.pattern).finditer
-        ends = [[*map(re.Match.end, filter(itemgetter(0), finditer(text)))] for text in texts]  # no loop of Python's
-        places, counts = _numbers(chain.from_iterable(ends)) - 1, _numbers(map(len, ends))
-        rows = torch.arange(len(texts)).repeat_interleave(counts, output_size=len(places))
-        return torch.stack([rows, places])
+        ends = [[match.end() for match in finditer(text) if match[0]] for text in texts]
+        width = max(map(len, ends), default=0)
+        numbers = chain.from_iterable([row + [0] * (width - len(row)) for row in ends])
+        # By way of an array, several times faster than `torch.tensor`; with a number too many, for none are refused.
+        return torch.frombuffer(array("q", [*numbers, 0]), dtype=torch.long)[:-1].view(len(texts), width)
 
 
-def _numbers(numbers: Iterable[int]) -> Int[Tensor, " L"]:
-    """Put numbers into a tensor, several times faster than `torch.tensor` does it."""
-    return torch.frombuffer(array("q", [*numbers, 0]), dtype=torch.long)[:-1]  # an empty buffer is refused
+def _hold(text: ResponseTexts, ends: Int[Tensor, "B M"]) -> Bool[Tensor, "B T"]:
+    """Mark, for the character before each of some places, the last token that holds it.
 
-
-def _holds(text: ResponseTexts, characters: Int[Tensor, "2 L"]) -> Bool[Tensor, "B T"]:
-    """Mark, for each of some characters, the last token that holds it.
-
-    A token's part of a text reaches from its first character to that of the next token with text. A token without text
-    gets the beginning of the next one, and so an empty part.
+    A token's part of a text reaches from its first character to that of the next token with text.
     """
-    start, end = text.spans.unbind(2)
-    length = max(map(len, text.texts), default=0)
-    begin = torch.nn.functional.pad(torch.where(start < end, start, length), (0, 1), value=length)
-    begin = begin.flip(1).cummin(1).values.flip(1)
-    # One line of numbers, row after row; what begins at `length` is after all characters of its row.
-    shift = (length + 1) * torch.arange(len(begin), device=begin.device)
-    row, place = characters.to(begin.device, non_blocking=True)
-    holders = torch.searchsorted((begin + shift[:, None]).flatten(), shift[row] + place, right=True) - 1
-    found = torch.zeros_like(begin, dtype=torch.bool)
-    found.view(-1)[holders] = True  # a character before the first token goes to the last column of the row before
-    return found[:, :-1]
+    begins = text.begins
+    begun = torch.searchsorted(begins, ends.to(begins.device, non_blocking=True))
+    found = torch.zeros(len(begins), begins.shape[1] + 1, dtype=torch.bool, device=begins.device)
+    return found.scatter_(1, begun, True)[:, 1:]  # column 0: no token had begun

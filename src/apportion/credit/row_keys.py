@@ -66,17 +66,17 @@ def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None =
 
 
 def _order(keys: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Sort each row of signed integers of 24 bits, and return which columns they came from.
+    """Sort each row of signed integers of 24 bits, equal ones in the order they are in, and return their columns.
 
-    On a CPU torch sorts a line of 2^15 and more integers in linear time, the sooner the shorter they are: there the
-    rows are put behind one another, with the number of the row in the high bits.
+    With the column in the low bits the numbers themselves are sorted, and all differ: on a CPU NumPy does that with
+    vector instructions, in a fraction of torch's time.
     """
-    rows, width = keys.shape
-    if keys.numel() < 2**15:
-        return keys.argsort(dim=1, stable=True)
-    row = torch.arange(rows, device=keys.device)[:, None]
-    line = (keys + ((row << 24) + 2**23)).to(torch.int32 if rows <= 2**7 else torch.int64).flatten()
-    return line.argsort(stable=True).view(keys.shape) - row * width
+    marked = (keys << 32).bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
+    if marked.device.type == "cpu":
+        marked.numpy().sort(axis=1)
+    else:
+        marked = marked.sort(dim=1).values
+    return marked.bitwise_and_(2**32 - 1)
 
 
 def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Tensor, "B count"]:
