@@ -29,6 +29,8 @@ from apportion import (
 )
 from apportion.batch import rows
 from apportion.credit.redistribution import place
+from apportion.parsing.parsers import Stanza
+from apportion.parsing.reviews import trees
 from batches import mask_of_lengths, random_rollout, random_scores, without_type_checks
 
 masks = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(lambda lengths: mask_of_lengths(*lengths, width=9))
@@ -231,6 +233,8 @@ def test_any_callable_can_be_shuffled() -> None:
         ("termination", 5, r"termination is 5; give a callable \(rollout\) -> \(B, T\) bool"),
         ("termination", None, "termination is None; give a callable"),
         ("value_smoothing", 5, "value_smoothing is 5; give a callable"),
+        ("termination", trees, r"termination is <function trees .*, a parser; give ConstituencyParse\(backend=...\)"),
+        ("termination", Stanza(), r"termination is Stanza\(.*, a parser; give ConstituencyParse\(backend=...\)"),
     ],
 )
 def test_a_class_or_a_name_in_place_of_an_instance_is_refused(name: str, value: Any, message: str) -> None:

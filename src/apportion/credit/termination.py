@@ -5,6 +5,7 @@ last valid token of a row always closes. Any callable of that form will do; thos
 Conditions that read text are in `delimiter` and in the package `parsing`.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -40,11 +41,22 @@ def check_condition(name: str, condition: object) -> None:
     """Refuse what cannot be called with a rollout.
 
     Raises:
-        ValueError: If it is no callable, or a class.
+        ValueError: If it is no callable, or a class, or a parser.
     """
     check_instance(name, condition)
     if not callable(condition):
         raise ValueError(f"{name} is {condition!r}; give a callable (rollout) -> (B, T) bool, such as FixedNgram(n=5)")
+    if _reads_a_string(condition):
+        raise ValueError(f"{name} is {condition!r}, a parser; give ConstituencyParse(backend=...) with it")
+
+
+def _reads_a_string(function: Callable) -> bool:
+    """Whether a callable says of its first argument that it is a string."""
+    try:
+        arguments = [*inspect.signature(function).parameters.values()]
+    except ValueError:  # some built-in functions do not tell
+        return False
+    return bool(arguments) and arguments[0].annotation in (str, "str")
 
 
 def closes_of(condition: Callable[[Rollout], object], rollout: Rollout) -> Bool[Tensor, "B T"]:
