@@ -392,7 +392,7 @@ def group_advantages(name: str, totals: list[float | None], g: int) -> list[floa
     advantages = []
     for i, total in enumerate(totals):
         group = [x for x in totals[i - i % g : i - i % g + g] if x is not None]
-        if total is None or len(group) < 2 or max(group) - min(group) <= 1e-5 * max(map(abs, group)):
+        if total is None or len(group) < 2:
             advantages.append(0.0)
             continue
         mean = math.fsum(group) / len(group)

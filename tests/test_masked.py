@@ -81,6 +81,12 @@ def test_a_value_that_is_not_finite_is_not_whitened_away(value: float) -> None:
     assert white[0, 2] == 0
 
 
+def test_small_differences_of_large_values_are_whitened_and_too_large_ones_are_not_hidden() -> None:
+    x, mask = torch.tensor([[100000, 100000.5, 100000.2, 100000.9]]), torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(masked_whiten(x, mask), masked_whiten(x - 100000, mask), atol=0.03, rtol=0)
+    assert masked_whiten(torch.tensor([[1e19, 2e19, 3e19, 5e19]]), mask).isnan().all()
+
+
 def test_a_single_value_is_whitened_to_zero() -> None:
     assert torch.equal(masked_whiten(torch.tensor([[5.0, NAN]]), mask_of([[1, 0]])), torch.zeros(1, 2))
 

@@ -7,6 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+ROUNDING = 2.0**-19
+"""What numbers that are equal but for float32's rounding of sums may differ by, in units of their size: 16 in the last
+place, to which sums of some thousand terms, one after the other, are exact."""
+
 Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor over the processes that share a batch; the identity on one process."""
 
@@ -71,9 +75,9 @@ def masked_whiten(
 ) -> Float[Tensor, "*shape"]:
     """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
 
-    Values that differ from each other by less than 1e-5 of their size are equal but for float32's rounding of the sums
-    that they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, none
-    of the answers is.
+    Values that differ from each other by less than `ROUNDING` of their mean are equal but for the rounding of the sums
+    that they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, or is
+    too large to be squared, none of the answers is finite.
 
     Args:
         x: (...) float. Any values; what lies outside the mask has no effect.
@@ -85,8 +89,9 @@ def masked_whiten(
         (...) float32.
     """
     mean, variance = masked_mean(x, mask, reduce=reduce), masked_var(x, mask, reduce=reduce)
-    equal = variance <= (1e-5 * mean) ** 2  # False for NaN
-    return torch.where(mask & ~equal, (x.float() - mean) * torch.rsqrt(variance + eps), 0)
+    equal = variance <= (ROUNDING * mean) ** 2  # False for NaN
+    scale = torch.where(variance.isfinite(), torch.rsqrt(variance + eps), torch.nan)
+    return torch.where(mask & ~equal, (x.float() - mean) * scale, 0)
 
 
 def ranks(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

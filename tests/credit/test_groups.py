@@ -8,8 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from apportion import GRPO, RLOO, CreditConfig, DrGRPO, PrefixDifference, Scores, Shuffled, assign_credit
-from apportion.credit.advantages import Earnings
+from apportion import (
+    GRPO,
+    RLOO,
+    CreditConfig,
+    DrGRPO,
+    PrefixDifference,
+    ReinforcePlusPlus,
+    Scores,
+    Shuffled,
+    assign_credit,
+)
+from apportion.credit.advantages import AdvantageEstimator, Earnings
 from apportion.credit.groups import GroupEstimator
 from batches import mask_of_lengths, random_rollout, random_scores, without_type_checks
 
@@ -27,7 +37,7 @@ def earned(totals: list[float], lengths: list[int] | None = None) -> Earnings:
     return Earnings(rewards=rewards, values=torch.zeros_like(rewards), ids=ids)
 
 
-def advantages(estimator: GroupEstimator, totals: list[float], lengths: list[int] | None = None) -> list[float]:
+def advantages(estimator: AdvantageEstimator, totals: list[float], lengths: list[int] | None = None) -> list[float]:
     """One number a response; every token has it."""
     given_rewards = earned(totals, lengths)
     found, returns = estimator(given_rewards)
@@ -55,12 +65,28 @@ def test_a_group_that_earned_the_same_has_advantage_0_to_the_bit(
     assert advantages(estimator(size), [value] * size) == [0.0] * size
 
 
-@every_estimator
-def test_a_group_that_earned_the_same_but_for_rounding_has_advantage_0(estimator: type[GroupEstimator]) -> None:
-    """Sums of the same terms in another order; beside a group that differs by little, and one that is not finite."""
-    found = advantages(estimator(2), [0.04999997, 0.04999999, 0.05, 0.0501])
+@pytest.mark.parametrize("estimator", [GRPO(2), ReinforcePlusPlus(group_size=2)])
+def test_what_would_be_scaled_up_is_0_where_a_group_earned_the_same_but_for_rounding(
+    estimator: AdvantageEstimator,
+) -> None:
+    """Sums of the same terms in another order; beside a group that differs by little."""
+    found = advantages(estimator, [0.04999997, 0.04999999, 0.05, 0.0501])
     assert found[:2] == [0, 0]
     assert found[2] < 0 < found[3]
+
+
+@every_estimator
+def test_a_small_difference_of_large_scores_counts(estimator: type[GroupEstimator]) -> None:
+    """Half of a hundred-thousandth is far above the rounding of float32, and no reason to learn nothing."""
+    for totals in ([-2000, -1999.99, -1999.985, -1999.995], [1.0, 1.0, 1.000009, 1.000009]):
+        numbers = torch.tensor(totals).tolist()  # as float32 has them
+        wanted = reference.group_advantages(NAMES[estimator], numbers, 4)
+        assert all(wanted)
+        assert advantages(estimator(4), numbers) == pytest.approx(wanted, rel=0.1)
+
+
+@every_estimator
+def test_what_is_not_finite_is_not_hidden(estimator: type[GroupEstimator]) -> None:
     assert not estimator(2)(earned([1.0, torch.inf]))[0].isfinite().any()
 
 

@@ -2,8 +2,8 @@
 
 What a response earned is the sum of its token-level rewards: its score less the KL penalty of its tokens. A group is g
 adjacent rows, the responses to one prompt. Rows without tokens are left out of their group. A group that earned the
-same everywhere, but for float32's rounding of sums, has advantage 0, to the bit; so has a response that is alone in its
-group.
+same everywhere has advantage 0, to the bit; so has a response that is alone in its group. What would be scaled up is 0
+already where a group earned the same but for float32's rounding of sums.
 """
 
 from abc import abstractmethod
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.credit.advantages import AdvantageEstimator, Earnings
+from apportion.masked import ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,19 @@ class Groups:
     Attributes:
         centred: (G, g) float32. 0 where a response does not count, and in groups that earned the same everywhere.
         sizes: (G, 1) float32. Responses of each group that count.
+        flat: (G, 1) bool. Whether what its responses earned differs by no more than rounding, `masked.ROUNDING` of the
+            largest: nothing that may be scaled up.
     """
 
     centred: Float[Tensor, "G g"]
     sizes: Float[Tensor, "G 1"]
+    flat: Bool[Tensor, "G 1"]
 
     @classmethod
     def of(cls, totals: Float[Tensor, " B"], exists: Bool[Tensor, " B"], group_size: int) -> Self:
         """Subtract from each response what its group earned on average.
 
             c_i = R_i - mean over the group of R
-
-        What lies within 1e-5 of the largest is the same, as in `masked_whiten`: GRPO would scale rounding up.
 
         Args:
             totals: (B) float. What each response earned; groups are adjacent rows.
@@ -60,10 +62,9 @@ class Groups:
         lowest = torch.where(there, totals, torch.inf).amin(1, keepdim=True)
         above = torch.where(there, totals - lowest, 0)
         size = torch.where(there, totals, 0).abs().amax(1, keepdim=True)
-        same = (above.amax(1, keepdim=True) <= 1e-5 * size) & size.isfinite()
-        above = torch.where(same, 0, above)
+        flat = (above.amax(1, keepdim=True) <= ROUNDING * size) & size.isfinite()
         mean = above.sum(1, keepdim=True) / sizes.clamp(min=1)
-        return cls(centred=torch.where(there, above - mean, 0), sizes=sizes)
+        return cls(centred=torch.where(there, above - mean, 0), sizes=sizes, flat=flat)
 
     @property
     def deviation(self) -> Float[Tensor, "G 1"]:
@@ -164,7 +165,8 @@ class GRPO(GroupEstimator):
 
         A_i = (R_i - mean over the group of R) / (std over the group of R + 1e-6)
 
-    The deviation has Bessel's correction. The KL penalty is part of R (`kl_coef`), while the paper adds it to the loss.
+    The deviation has Bessel's correction; flat groups have advantage 0. The KL penalty is part of R (`kl_coef`), while
+    the paper adds it to the loss.
 
     Source:
         Shao et al., 2024 (https://arxiv.org/abs/2402.03300), section 4.1.
@@ -172,7 +174,7 @@ class GRPO(GroupEstimator):
 
     def normalised(self, groups: Groups) -> Float[Tensor, "G g"]:
         """Divide by the group's deviation."""
-        return groups.centred / (groups.deviation + 1e-6)
+        return torch.where(groups.flat, 0, groups.centred / (groups.deviation + 1e-6))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
 from apportion.credit.attention import attention_fallbacks
+from apportion.credit.groups import Groups
 from apportion.masked import Reduce, masked_mean, masked_var
 from apportion.train.arguments import PPOArguments
 from apportion.train.termination import innermost
@@ -39,8 +40,8 @@ def batch_metrics(
     if estimator.needs_critic:
         more["credit/value_mean"] = mean(rollout.values.detach(), mask)
     if (group := estimator.responses_per_prompt) > 1:
-        lowest, highest = scores.scores.view(-1, group).aminmax(dim=1)
-        more["score/flat_groups"] = mean(lowest == highest, torch.ones_like(lowest, dtype=torch.bool))
+        flat = Groups.of(scores.scores, everyone, group).flat
+        more["score/flat_groups"] = mean(flat, torch.ones_like(flat))
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
         "rollout/length": mean(rollout.lengths),
