@@ -7,9 +7,9 @@ then it is run with fresh seeds at its best settings and at lam 0.95 as in the p
 (`apportion recipes`). The best settings are those with the highest held-out score under the reward model, and with the
 highest objective, the score less its KL penalty, which PPO maximises; the oracle is what a user has not. Finished runs
 are kept as lines of `benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which
-another machine makes of the same seed, count for nothing. After `--hours` no further run is begun. With `--write` the
-report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its last heading is written by
-hand and kept.
+another machine makes of the same seed, count in the columns "all starts" alone. After `--hours` no further run is
+begun. With `--write` the report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its
+last heading is written by hand and kept.
 """
 
 import argparse
@@ -51,17 +51,21 @@ trained on, less 0.05 times the KL of a response, whatever penalty a run had its
 each other. `updates to PPO`: until the final score of token PPO at the papers' lam (0.95, lr 0.0003) is reached, on
 lines between evaluations, which come every 15 updates; `never` where the mean, or the end of the interval, does not
 reach it. Lam `own` is that of the control's recipe. The learning rate, kl_coef 0.05 and all else are those of the
-recipe `reviews`, for the papers' are for models a thousand times as large. Runs are kept as they are done, over several
+recipe `reviews`, for the papers' are for models a thousand times as large. `All starts` counts the pairs of every start
+that has both runs, as one sample. Runs are kept as they are done, over several
 commits."""
 
 CRITERIA = ("score", "objective")
 METHODS = ("ppo", "ma-ppo", "abc", "prefix-difference")
+AT_BEST = ("attention-shuffled", "uniform")  # what is asked of ABC is asked where ABC is at its best, too
 LAMS, RATES = (0.9, 0.95, 0.99, 1.0), (3e-4, 6e-4)
 PAPER = (0.95, 3e-4)
 KL_COEF = 0.05
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 STEPS, EVAL_STEPS = 60, 15
 WEIGHTS = "model.safetensors"
+SHOWN = ("oracle", "score", "objective", "kl", "length")
+POOLED = ("oracle", "objective")  # scores of two reward models have no common unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,9 @@ class Trial:
         ]
 
 
+PAPER_PPO = Trial(name="ppo", lam=PAPER[0], rate=PAPER[1], seed=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """What is kept of a run: held-out means at some updates, and a fingerprint of the models that it began with."""
@@ -123,11 +130,19 @@ class Curve:
         return cls(trial=trial, start=start, **found, objective=objective, commit=commit_now())
 
 
+def read_starts() -> dict[str, dict[Trial, Curve]]:
+    """Read the runs that are finished, by the models that they began with."""
+    starts: dict[str, dict[Trial, Curve]] = {}
+    for line in RECORDS.read_text().splitlines() if RECORDS.exists() else []:
+        read = json.loads(line)
+        curve = Curve(trial=Trial(**read.pop("trial")), **read)
+        starts.setdefault(curve.start, {})[curve.trial] = curve
+    return starts
+
+
 def read_curves(start: str) -> dict[Trial, Curve]:
     """Read the runs that are finished and began with these models."""
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    curves = [curve for line in lines if (curve := json.loads(line))["start"] == start]
-    return {(trial := Trial(**curve.pop("trial"))): Curve(trial=trial, **curve) for curve in curves}
+    return read_starts().get(start, {})
 
 
 def commit_now() -> str:
@@ -160,6 +175,8 @@ def fresh(curves: dict[Trial, Curve]) -> list[Trial]:
     paper = [Trial(name=name, lam=PAPER[0], rate=PAPER[1], seed=0) for name in METHODS]
     tuned = [trial for name in METHODS for key in CRITERIA if (trial := best(name, curves, key)) is not None]
     others = [Trial(name=name, lam=None, rate=PAPER[1], seed=0) for name in controls() if name not in METHODS]
+    if (abc := best("abc", curves, "score")) is not None:
+        others += [replace(abc, name=name, seed=0) for name in AT_BEST]
     methods = dict.fromkeys([*paper, *(replace(trial, seed=0) for trial in tuned)])
     return [replace(trial, seed=seed) for group in (methods, others) for seed in SEEDS for trial in group]
 
@@ -226,23 +243,58 @@ def _bold(curve: Curve, key: str, curves: dict[Trial, Curve]) -> str:
 
 def fresh_table(curves: dict[Trial, Curve]) -> Iterator[str]:
     """Interquartile means over the fresh seeds that are there, and when each reached the final score of token PPO."""
-    groups: dict[Trial, list[Curve]] = {}
-    for trial in fresh(curves):
-        if trial in curves:
-            groups.setdefault(replace(trial, seed=0), []).append(curves[trial])
-    shown = ("oracle", "score", "objective", "kl", "length")
-    head = ("run", "lam", "lr", "seeds", *shown, "updates to PPO", "seconds to PPO")
-    yield from ("## Fresh seeds", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|")
-    baseline = groups.get(Trial(name="ppo", lam=PAPER[0], rate=PAPER[1], seed=0), [])
-    for trial, found in groups.items():
-        numbers = [_plain([getattr(curve, name)[-1] for curve in found]) for name in shown]
-        lam = "own" if trial.lam is None else f"{trial.lam:g}"
-        yield (
-            "| "
-            + " | ".join((trial.name, lam, f"{trial.rate:g}", str(len(found)), *numbers, *_parity(found, baseline)))
-            + " |"
-        )
+    yield from ("## Fresh seeds", "", *_head("run", "lam", "lr", "seeds", *SHOWN, "updates to PPO", "seconds to PPO"))
+    baseline = _over_seeds(PAPER_PPO, curves)
+    for trial in dict.fromkeys(replace(trial, seed=0) for trial in fresh(curves)):
+        if found := _over_seeds(trial, curves):
+            numbers = [_plain([getattr(curve, name)[-1] for curve in found]) for name in SHOWN]
+            yield _row(*_named(trial), str(len(found)), *numbers, *_parity(found, baseline))
     yield ""
+
+
+def tuned_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+    """What each method has at its best over token PPO at its best, and when it reached that one's final score."""
+    yield from ("## Each method at its best beside token PPO at its best", "")
+    parity_head = ("updates to tuned PPO", "seconds to tuned PPO")
+    yield from _head("run", "lam", "lr", "best by", "beside PPO of", *SHOWN, *parity_head)
+    for name, key in product(METHODS[1:], CRITERIA):
+        own, ppo = best(name, curves, key), best("ppo", curves, key)
+        if own is not None and ppo is not None and (both := _pairs(own, ppo, curves)):
+            found, baseline = _over_seeds(own, curves), _over_seeds(ppo, curves)
+            setting = f"lam {ppo.lam:g}, lr {ppo.rate:g}"
+            yield _row(*_named(own), key, setting, *_differences(both, SHOWN), *_parity(found, baseline))
+    yield ""
+
+
+def _over_seeds(trial: Trial, curves: dict[Trial, Curve]) -> list[Curve]:
+    """The runs of a setting with fresh seeds that are there."""
+    return [curves[one] for seed in SEEDS if (one := replace(trial, seed=seed)) in curves]
+
+
+def _pairs(trial: Trial, against: Trial, curves: dict[Trial, Curve]) -> list[tuple[Curve, Curve]]:
+    """Two settings beside each other, for each seed that both have."""
+    pairs = [(replace(trial, seed=seed), replace(against, seed=seed)) for seed in SEEDS]
+    return [(curves[one], curves[two]) for one, two in pairs if one in curves and two in curves]
+
+
+def _differences(pairs: list[tuple[Curve, Curve]], names: Iterable[str]) -> list[str]:
+    """What the first of each pair has over the second at the end."""
+    return [_plain([getattr(one, name)[-1] - getattr(two, name)[-1] for one, two in pairs]) for name in names]
+
+
+def _named(trial: Trial) -> tuple[str, str, str]:
+    """A setting as the first cells of its row."""
+    return trial.name, "own" if trial.lam is None else f"{trial.lam:g}", f"{trial.rate:g}"
+
+
+def _row(*cells: str) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(*cells: str) -> tuple[str, str]:
+    """The first lines of a table."""
+    return _row(*cells), "|---" * len(cells) + "|"
 
 
 def _plain(values: list[float]) -> str:
@@ -264,29 +316,25 @@ def _parity(found: list[Curve], baseline: list[Curve]) -> tuple[str, ...]:
     return tuple(value[0] + (f" [{value[1]}, {value[2]}]" if len(value) > 1 else "") for value in told)
 
 
-def paired_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+def paired_table(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> Iterator[str]:
     """What each run has over the one that it stands beside, and over token PPO, seed by seed."""
-    head = ("run", "lam", "lr", "beside", *PAIRED)
-    yield from ("## Differences between runs of the same seeds", "", "| " + " | ".join(head) + " |")
-    yield "|---" * len(head) + "|"
+    yield from ("## Differences between runs of the same seeds", "")
+    yield from _head("run", "lam", "lr", "beside", *SHOWN, *(f"{name}, all starts" for name in POOLED), "pairs")
     for trial in dict.fromkeys(replace(trial, seed=0) for trial in fresh(curves)):
         own = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
         for other in dict.fromkeys((own, "ppo")):
             against = Trial(name=other, lam=PAPER[0] if other in METHODS else None, rate=PAPER[1], seed=0)
-            pairs = [(curves.get(replace(trial, seed=s)), curves.get(replace(against, seed=s))) for s in SEEDS]
-            both = [(one, two) for one, two in pairs if one is not None and two is not None]
-            if trial == against or not both:
+            if trial.name in AT_BEST and trial.lam is not None and other in METHODS:
+                against = replace(trial, name=other)
+            if trial == against or not (both := _pairs(trial, against, curves)):
                 continue
-            cells = [_plain([getattr(one, name)[-1] - getattr(two, name)[-1] for one, two in both]) for name in PAIRED]
-            lam = "own" if trial.lam is None else f"{trial.lam:g}"
-            yield "| " + " | ".join((trial.name, lam, f"{trial.rate:g}", other, *cells)) + " |"
+            pooled = [pair for start in starts for pair in _pairs(trial, against, start)]
+            cells = [*_differences(both, SHOWN), *_differences(pooled, POOLED), str(len(pooled))]
+            yield _row(*_named(trial), other, *cells)
     yield ""
 
 
-PAIRED = ("oracle", "score", "objective", "kl", "length")
-
-
-def report(curves: dict[Trial, Curve]) -> Iterator[str]:
+def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> Iterator[str]:
     """Write the report line by line."""
     models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
     planned = [*tuning(), *fresh(curves)]
@@ -300,7 +348,8 @@ def report(curves: dict[Trial, Curve]) -> Iterator[str]:
     yield ""
     yield from tuning_table(curves)
     yield from fresh_table(curves)
-    yield from paired_table(curves)
+    yield from tuned_table(curves)
+    yield from paired_table(curves, starts)
 
 
 def kept(path: Path) -> str:
@@ -325,7 +374,8 @@ def main() -> None:
     run(tuning(), arguments.folder, arguments.jobs, until)
     start_print = fingerprint(arguments.folder / "start")
     run(fresh(read_curves(start_print)), arguments.folder, arguments.jobs, until)
-    text = "\n".join(report(read_curves(start_print)))
+    starts = read_starts()
+    text = "\n".join(report(starts.get(start_print, {}), starts.values()))
     print(text)
     if arguments.write:
         path = RESULTS / f"controls-{datetime.now(UTC):%Y-%m-%d}.md"

@@ -203,7 +203,7 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
         elif not words and (flag in switches or _is_inside_a_class(flag, settings)):
             if flag not in switches and not _may_be_a_switch(flag):
-                raise ValueError(f"{flag} has no value; give it one")
+                raise ValueError(f"{flag} has no value; give it one, {flag}='-...' where it begins with a dash")
             done.append(f"{flag}=true")
         else:
             taken = 0 if not flag or "=" in flag else 1
@@ -310,8 +310,8 @@ def _text_of(config: str) -> str:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     """Suggest what a user may have meant: a name that is spelt alike, or one that ends alike after its dots."""
-    names = {name.lstrip("-").rpartition(".")[2]: name for name in known} | {name: name for name in known}
-    near = dict.fromkeys(names[match] for match in difflib.get_close_matches(word, names, n=3, cutoff=0.6))
+    names = {name.lstrip("-").rpartition(".")[2].lower(): name for name in known} | {n.lower(): n for n in known}
+    near = dict.fromkeys(names[match] for match in difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.6))
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
@@ -361,8 +361,10 @@ def _reworded(reason: str, value: str, chosen: str, setting: str, options: Itera
 
 
 def _classes() -> set[str]:
-    """List the names of the settings' classes that are loaded."""
-    return {value.__name__ for value in _loaded()}
+    """List the names of the classes that are loaded and may be chosen."""
+    import apportion
+
+    return {value.__name__ for value in _loaded()} & {*apportion.__all__}
 
 
 def _loaded() -> set[type]:

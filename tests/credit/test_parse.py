@@ -148,6 +148,7 @@ def test_nodes_without_text_are_left_out() -> None:
         (lambda: ParseTree(((2, 2),), ()), "give them in order, none empty"),
         (lambda: ParseTree(((0, 2),), ((0, 2),)), "a node has words 0 to 2; the tree has 1"),
         (lambda: ParseTree(((0, 1), (2, 3)), ((0, 2), (1, 2), (0, 1))), "nodes are out of order"),
+        (lambda: ParseTree(((0, 1), (2, 3), (4, 5)), ((0, 3), (0, 2), (1, 3))), "words 1 to 3, of which another ends"),
         (lambda: closing_tokens([ParseTree(((-3, -1), (0, 2)), ((0, 2),))], "short", [(0, 5)], 5), "do not lie one"),
         (lambda: closing_tokens([ParseTree(((0, 9),), ((0, 1),))], "short", [(0, 5)], 5), "do not lie one after the"),
         (lambda: closing_tokens([ParseTree(((0, 3),), ((0, 1),))] * 2, "short", [(0, 5)], 5), "in 5 characters"),

@@ -26,7 +26,8 @@ class ParseTree:
             leaves are nodes too.
 
     Raises:
-        ValueError: If words overlap or run backwards, or a node has no words of this tree.
+        ValueError: If words overlap or run backwards, a node has no words of this tree, or nodes are out of order or
+            cross each other.
     """
 
     words: tuple[Span, ...]
@@ -42,6 +43,13 @@ class ParseTree:
             raise ValueError(f"a node has words {bad[0]} to {bad[1]}; the tree has {len(self.words)}")
         if any((one[0], -one[1]) > (other[0], -other[1]) for one, other in pairwise(self.nodes)):
             raise ValueError("nodes are out of order; list each before its children, and children from left to right")
+        around: list[int] = []  # ends of the nodes that a node lies in, the innermost last
+        for first, end in self.nodes:
+            while around and around[-1] <= first:
+                around.pop()
+            if around and end > around[-1]:
+                raise ValueError(f"a node has words {first} to {end}, of which another ends at {around[-1]}; nest them")
+            around.append(end)
 
     @classmethod
     def of(cls, root: Node, *, children: Callable[[Node], Sequence[Node]], span: Callable[[Node], Span]) -> Self:

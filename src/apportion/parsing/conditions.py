@@ -31,7 +31,7 @@ class ParseCondition(TerminationCondition):
     """
 
     cutoff: int
-    workers: int
+    workers: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -165,9 +165,9 @@ class ConstituencyParse(ParseCondition):
 
     Attributes:
         cutoff: Tokens from which on a constituent is divided, at least 1.
-        workers: Processes that parse, each with its own copy of the models; 0 parses in this one.
         backend: `Stanza()`, `Benepar()`, or any callable from a text to `ParseTree`s (on the command line, a class
             derived from `Parser` or a function, by its dotted path).
+        workers: Processes that parse, each with its own copy of the models; 0 parses in this one.
 
     Raises:
         ValueError: If a number is out of range.
@@ -177,8 +177,8 @@ class ConstituencyParse(ParseCondition):
     """
 
     cutoff: int = 5
-    workers: int = 2
     backend: Parser | Parse = field(default_factory=Stanza)
+    workers: int = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what does not parse."""
@@ -206,8 +206,8 @@ class CodeParse(ParseCondition):
 
     Attributes:
         cutoff: Tokens from which on a constituent is divided, at least 1.
-        workers: Processes that parse; 0, for tree-sitter is quick, parses in this one.
         language: Of the package `tree_sitter_<language>`, such as python, c or rust.
+        workers: Processes that parse; 0, for tree-sitter is quick, parses in this one.
 
     Raises:
         ValueError: If a number is out of range.
@@ -217,8 +217,8 @@ class CodeParse(ParseCondition):
     """
 
     cutoff: int = 10
-    workers: int = 0
     language: str = "python"
+    workers: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse languages that cannot be."""
