@@ -52,8 +52,8 @@ each other. `updates to PPO`: until the final score of token PPO at the papers' 
 lines between evaluations, which come every 15 updates; `never` where the mean, or the end of the interval, does not
 reach it. Lam `own` is that of the control's recipe. The learning rate, kl_coef 0.05 and all else are those of the
 recipe `reviews`, for the papers' are for models a thousand times as large. `All starts` counts the pairs of every start
-that has both runs, as one sample. Runs are kept as they are done, over several
-commits."""
+that has both runs, as one sample; the best settings are those of each start. Runs are kept as they are done,
+over several commits."""
 
 CRITERIA = ("score", "objective")
 METHODS = ("ppo", "ma-ppo", "abc", "prefix-difference")
@@ -66,6 +66,7 @@ STEPS, EVAL_STEPS = 60, 15
 WEIGHTS = "model.safetensors"
 SHOWN = ("oracle", "score", "objective", "kl", "length")
 POOLED = ("oracle", "objective")  # scores of two reward models have no common unit
+POOLED_HEAD = (*(f"{name}, all starts" for name in POOLED), "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,17 +253,20 @@ def fresh_table(curves: dict[Trial, Curve]) -> Iterator[str]:
     yield ""
 
 
-def tuned_table(curves: dict[Trial, Curve]) -> Iterator[str]:
+def tuned_table(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> Iterator[str]:
     """What each method has at its best over token PPO at its best, and when it reached that one's final score."""
     yield from ("## Each method at its best beside token PPO at its best", "")
     parity_head = ("updates to tuned PPO", "seconds to tuned PPO")
-    yield from _head("run", "lam", "lr", "best by", "beside PPO of", *SHOWN, *parity_head)
+    yield from _head("run", "lam", "lr", "best by", "beside PPO of", *SHOWN, *parity_head, *POOLED_HEAD)
     for name, key in product(METHODS[1:], CRITERIA):
         own, ppo = best(name, curves, key), best("ppo", curves, key)
-        if own is not None and ppo is not None and (both := _pairs(own, ppo, curves)):
-            found, baseline = _over_seeds(own, curves), _over_seeds(ppo, curves)
-            setting = f"lam {ppo.lam:g}, lr {ppo.rate:g}"
-            yield _row(*_named(own), key, setting, *_differences(both, SHOWN), *_parity(found, baseline))
+        if own is None or ppo is None or not (both := _pairs(own, ppo, curves)):
+            continue
+        told = _parity(_over_seeds(own, curves), _over_seeds(ppo, curves))
+        bests = [(start, best(name, start, key), best("ppo", start, key)) for start in starts]
+        pooled = [pair for start, one, two in bests if one and two for pair in _pairs(one, two, start)]
+        cells = [*_differences(both, SHOWN), *told, *_differences(pooled, POOLED), str(len(pooled))]
+        yield _row(*_named(own), key, f"lam {ppo.lam:g}, lr {ppo.rate:g}", *cells)
     yield ""
 
 
@@ -319,7 +323,7 @@ def _parity(found: list[Curve], baseline: list[Curve]) -> tuple[str, ...]:
 def paired_table(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> Iterator[str]:
     """What each run has over the one that it stands beside, and over token PPO, seed by seed."""
     yield from ("## Differences between runs of the same seeds", "")
-    yield from _head("run", "lam", "lr", "beside", *SHOWN, *(f"{name}, all starts" for name in POOLED), "pairs")
+    yield from _head("run", "lam", "lr", "beside", *SHOWN, *POOLED_HEAD)
     for trial in dict.fromkeys(replace(trial, seed=0) for trial in fresh(curves)):
         own = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
         for other in dict.fromkeys((own, "ppo")):
@@ -348,7 +352,7 @@ def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> 
     yield ""
     yield from tuning_table(curves)
     yield from fresh_table(curves)
-    yield from tuned_table(curves)
+    yield from tuned_table(curves, starts)
     yield from paired_table(curves, starts)
 
 
