@@ -5,7 +5,7 @@ token is a response token even where the padding token is the same one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, Self, TypeVar
 
@@ -41,8 +41,6 @@ class ResponseTexts:
         texts: B responses as they read behind their prompts, special tokens left out.
         spans: (B, T, 2) int64. First character of each sampled token in its text, and the one after its last. Tokens
             that share a character cover the whole of it; special tokens cover nothing, nor does what was not sampled.
-        begins: (B, T) int64. First character of each token, or where it covers nothing, that of the next one which
-            does; behind all of them, the length of the longest text. Never falls along a row.
 
     Raises:
         ValueError: If there are not as many spans as texts.
@@ -50,15 +48,21 @@ class ResponseTexts:
 
     texts: tuple[str, ...]
     spans: Int[Tensor, "B T 2"]
-    begins: Int[Tensor, "B T"] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse spans of other rows; find where tokens begin."""
+        """Refuse spans of other rows."""
         if len(self.texts) != len(self.spans):
             raise ValueError(f"spans has {len(self.spans)} rows; there are {len(self.texts)} texts")
+
+    @cached_property
+    def begins(self) -> Int[Tensor, "B T"]:
+        """(B, T) int64. First character of each token, or where it covers nothing, that of the next one which does.
+
+        Behind all of them, the length of the longest text. Never falls along a row.
+        """
         start, end = self.spans.unbind(2)
         known = torch.where(start < end, start, max(map(len, self.texts), default=0))
-        object.__setattr__(self, "begins", known.flip(1).cummin(1).values.flip(1))
+        return known.flip(1).cummin(1).values.flip(1)
 
     def __getitem__(self, index: Int[Tensor, " N"] | slice) -> Self:
         """Take some rows; texts lie on the host, so a tensor of row numbers is read there."""
