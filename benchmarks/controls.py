@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = RESULTS / "controls-runs.jsonl"
 READING = "## What it says"
+START = "- start: {}"
 PREAMBLE = """\
 Held-out means (256 prompts); interquartile means over seeds with bootstrap intervals of 95 %. The score is the reward
 model's, which the policies were trained on; the oracle is the task's. The objective is the score in the units that are
@@ -349,18 +350,18 @@ def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> 
     commits = ", ".join(dict.fromkeys(curves[trial].commit for trial in planned if trial in curves))
     yield f"- commits of the runs: {commits}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
     yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores, one thread a run"
-    yield ""
+    yield from (START.format(next(iter(curves.values())).start), "") if curves else ("",)
     yield from tuning_table(curves)
     yield from fresh_table(curves)
     yield from tuned_table(curves, starts)
     yield from paired_table(curves, starts)
 
 
-def kept(path: Path) -> str:
-    """What was written by hand in the newest report, from its heading on."""
-    for old in [path, *sorted(RESULTS.glob("controls-*.md"), reverse=True)]:
-        text = old.read_text() if old.exists() else ""
-        if READING in text:
+def kept(start: str) -> str:
+    """What was written by hand in the newest report on a start, from its heading on."""
+    for old in sorted(RESULTS.glob("controls-*.md"), reverse=True):
+        text = old.read_text()
+        if START.format(start) in text and READING in text:
             return text[text.index(READING) :]
     return f"{READING}\n"
 
@@ -383,7 +384,7 @@ def main() -> None:
     print(text)
     if arguments.write:
         path = RESULTS / f"controls-{datetime.now(UTC):%Y-%m-%d}.md"
-        path.write_text(text.rstrip() + "\n\n" + kept(path))
+        path.write_text(text.rstrip() + "\n\n" + kept(start_print))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def alone() -> Iterator[str]:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     holes = mask.clone()
     holes[:, 100:140] = False
-    text = ("The quick brown fox, jumped over the lazy dog and so on. " * 60)[: 4 * TOKENS]
+    sentence = "The quick brown fox, jumped over the lazy dog and so on"
+    text = (f"{sentence}. {sentence}! {sentence}.\n" * 20)[: 4 * TOKENS]
     places = torch.arange(TOKENS) * 4
     text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long)

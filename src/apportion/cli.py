@@ -362,9 +362,7 @@ def _reworded(reason: str, value: str, chosen: str, setting: str, options: Itera
 
 def _classes() -> set[str]:
     """List the names of the classes that are loaded and may be chosen."""
-    import apportion
-
-    return {value.__name__ for value in _loaded()} & {*apportion.__all__}
+    return {value.__name__ for value in _loaded()} & {*sys.modules["apportion"].__all__}
 
 
 def _loaded() -> set[type]:
@@ -384,7 +382,8 @@ def _of_what(path: str, setting: str) -> str:
     """Show what a list of a class's settings holds, where that has settings of its own."""
     kinds = get_args(_settings_of(path).get(setting)) if path else ()
     settings = [field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)]
-    return f" such as [{{{', '.join(f'{name}: ...' for name in settings)}}}, ...]" if settings else ""
+    items = f"[{{{', '.join(f'{name}: ...' for name in settings)}}}, ...]" if settings else "'[0, 1]'"
+    return f" such as {items}"
 
 
 def _fail(program: str, message: str) -> int:

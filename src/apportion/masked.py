@@ -9,7 +9,7 @@ from torch import Tensor
 
 ROUNDING = 2.0**-19
 """What numbers that are equal but for float32's rounding of sums may differ by, in units of their size: 16 in the last
-place, to which sums of some thousand terms, one after the other, are exact."""
+place, more than sums of about a thousand terms, one after the other, are off by."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum a tensor over the processes that share a batch; the identity on one process."""

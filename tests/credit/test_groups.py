@@ -65,14 +65,20 @@ def test_a_group_that_earned_the_same_has_advantage_0_to_the_bit(
     assert advantages(estimator(size), [value] * size) == [0.0] * size
 
 
-@pytest.mark.parametrize("estimator", [GRPO(2), ReinforcePlusPlus(group_size=2)])
-def test_what_would_be_scaled_up_is_0_where_a_group_earned_the_same_but_for_rounding(
-    estimator: AdvantageEstimator,
-) -> None:
+@pytest.mark.parametrize("estimator", [*(kind(2) for kind in ESTIMATORS), ReinforcePlusPlus(group_size=2)])
+def test_a_group_that_earned_the_same_but_for_rounding_has_advantage_0(estimator: AdvantageEstimator) -> None:
     """Sums of the same terms in another order; beside a group that differs by little."""
     found = advantages(estimator, [0.04999997, 0.04999999, 0.05, 0.0501])
     assert found[:2] == [0, 0]
     assert found[2] < 0 < found[3]
+
+
+@every_estimator
+def test_rounding_is_not_whitened_to_one_either(estimator: type[GroupEstimator]) -> None:
+    scores = torch.tensor([1000.0, 1000.0 + 2**-12])  # four units in the last place
+    config = CreditConfig(advantage=estimator(2), whiten_advantages=True, kl_coef=0.0)
+    credit = assign_credit(random_rollout(mask_of_lengths(3, 5)), Scores(scores=scores), config)
+    assert not credit.advantages.any()
 
 
 @every_estimator

@@ -233,6 +233,8 @@ def test_any_callable_can_be_shuffled() -> None:
         ("termination", 5, r"termination is 5; give a callable \(rollout\) -> \(B, T\) bool"),
         ("termination", None, "termination is None; give a callable"),
         ("value_smoothing", 5, "value_smoothing is 5; give a callable"),
+        ("termination", Terminal(), r"termination is Terminal\(\), which takes other arguments \(missing"),
+        ("termination", lambda: 5, r"which takes other arguments \(too many.*; give a callable \(rollout\)"),
         ("termination", trees, r"termination is <function trees .*, a parser; give ConstituencyParse\(backend=...\)"),
         ("termination", Stanza(), r"termination is Stanza\(.*, a parser; give ConstituencyParse\(backend=...\)"),
     ],

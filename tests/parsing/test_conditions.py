@@ -208,7 +208,10 @@ def test_a_program_is_cut_at_its_constituents() -> None:
     assert joined == "def add|(x, y):\n return| x + y\n|"
 
 
-@pytest.mark.parametrize(("backend", "shown"), [(Stanza, "<class .*Stanza'>"), ("stanza", "'stanza'"), (None, "None")])
+@pytest.mark.parametrize(
+    ("backend", "shown"),
+    [(Stanza, "<class .*Stanza'>"), ("stanza", "'stanza'"), (None, "None"), (FixedNgram(), "FixedNgram")],
+)
 def test_a_backend_that_does_not_parse_is_refused(backend: Any, shown: str) -> None:
     """Every row would fall back to one action a token, which is another method."""
     with without_type_checks(), pytest.raises(ValueError, match=rf"backend is {shown}; give Stanza\(\), Benepar\(\)"):

@@ -2,8 +2,8 @@
 
 What a response earned is the sum of its token-level rewards: its score less the KL penalty of its tokens. A group is g
 adjacent rows, the responses to one prompt. Rows without tokens are left out of their group. A group that earned the
-same everywhere has advantage 0, to the bit; so has a response that is alone in its group. What would be scaled up is 0
-already where a group earned the same but for float32's rounding of sums.
+same everywhere, but for float32's rounding of sums, has advantage 0, to the bit: GRPO, or whitening, would scale
+rounding up. So has a response that is alone in its group.
 """
 
 from abc import abstractmethod
@@ -24,10 +24,10 @@ class Groups:
     """What responses earned above the mean of their group.
 
     Attributes:
-        centred: (G, g) float32. 0 where a response does not count, and in groups that earned the same everywhere.
+        centred: (G, g) float32. 0 where a response does not count, and in flat groups.
         sizes: (G, 1) float32. Responses of each group that count.
         flat: (G, 1) bool. Whether what its responses earned differs by no more than rounding, `masked.ROUNDING` of the
-            largest: nothing that may be scaled up.
+            largest.
     """
 
     centred: Float[Tensor, "G g"]
@@ -63,6 +63,7 @@ class Groups:
         above = torch.where(there, totals - lowest, 0)
         size = torch.where(there, totals, 0).abs().amax(1, keepdim=True)
         flat = (above.amax(1, keepdim=True) <= ROUNDING * size) & size.isfinite()
+        above = torch.where(flat, 0, above)
         mean = above.sum(1, keepdim=True) / sizes.clamp(min=1)
         return cls(centred=torch.where(there, above - mean, 0), sizes=sizes, flat=flat)
 
@@ -165,8 +166,7 @@ class GRPO(GroupEstimator):
 
         A_i = (R_i - mean over the group of R) / (std over the group of R + 1e-6)
 
-    The deviation has Bessel's correction; flat groups have advantage 0. The KL penalty is part of R (`kl_coef`), while
-    the paper adds it to the loss.
+    The deviation has Bessel's correction. The KL penalty is part of R (`kl_coef`), while the paper adds it to the loss.
 
     Source:
         Shao et al., 2024 (https://arxiv.org/abs/2402.03300), section 4.1.
@@ -174,7 +174,7 @@ class GRPO(GroupEstimator):
 
     def normalised(self, groups: Groups) -> Float[Tensor, "G g"]:
         """Divide by the group's deviation."""
-        return torch.where(groups.flat, 0, groups.centred / (groups.deviation + 1e-6))
+        return groups.centred / (groups.deviation + 1e-6)
 
 
 @dataclass(frozen=True)

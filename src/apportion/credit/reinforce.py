@@ -82,8 +82,7 @@ class ReinforcePlusPlus(AdvantageEstimator):
         """Give every token what its response earns from its action on, or above its group; see the base class."""
         if self.sums_rewards:
             totals, exists = of_responses(earned)
-            groups = Groups.of(totals, exists, self.group_size)
-            centred = torch.where(groups.flat, 0, groups.centred)
+            centred = Groups.of(totals, exists, self.group_size).centred
             valid = earned.ids >= 0
             return torch.where(valid, centred.reshape(-1, 1), 0), torch.where(valid, totals[:, None], 0)
         actions = earned.actions

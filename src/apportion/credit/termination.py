@@ -38,25 +38,24 @@ def check_instance(name: str, value: object) -> None:
 
 
 def check_condition(name: str, condition: object) -> None:
-    """Refuse what cannot be called with a rollout.
+    """Refuse what cannot be called with a rollout alone.
 
     Raises:
-        ValueError: If it is no callable, or a class, or a parser.
+        ValueError: If it is no callable, or a class, or takes other arguments, or is a parser.
     """
     check_instance(name, condition)
     if not callable(condition):
         raise ValueError(f"{name} is {condition!r}; give a callable (rollout) -> (B, T) bool, such as FixedNgram(n=5)")
-    if _reads_a_string(condition):
-        raise ValueError(f"{name} is {condition!r}, a parser; give ConstituencyParse(backend=...) with it")
-
-
-def _reads_a_string(function: Callable) -> bool:
-    """Whether a callable says of its first argument that it is a string."""
     try:
-        arguments = [*inspect.signature(function).parameters.values()]
+        signature = inspect.signature(condition)
+        signature.bind(None)
     except ValueError:  # some built-in functions do not tell
-        return False
-    return bool(arguments) and arguments[0].annotation in (str, "str")
+        return
+    except TypeError as error:
+        message = f"{name} is {condition!r}, which takes other arguments ({error}); give a callable (rollout) -> (B, T)"
+        raise ValueError(f"{message} bool, such as FixedNgram(n=5)") from error
+    if any(argument.annotation in (str, "str") for argument in [*signature.parameters.values()][:1]):
+        raise ValueError(f"{name} is {condition!r}, a parser; give ConstituencyParse(backend=...) with it")
 
 
 def closes_of(condition: Callable[[Rollout], object], rollout: Rollout) -> Bool[Tensor, "B T"]:

@@ -183,7 +183,7 @@ class ConstituencyParse(ParseCondition):
     def __post_init__(self) -> None:
         """Refuse what does not parse."""
         super().__post_init__()
-        if isinstance(self.backend, type) or not callable(self.backend):
+        if isinstance(self.backend, type | TerminationCondition) or not callable(self.backend):
             raise ValueError(
                 f"backend is {self.backend!r}; give Stanza(), Benepar(), or a callable from a text to its trees"
             )

@@ -69,7 +69,7 @@ class Stanza(Parser):
     language: str = "en"
     model_dir: str | None = None
     use_gpu: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @cached_property
     def _pipeline(self) -> Any:

@@ -40,7 +40,7 @@ def batch_metrics(
     if estimator.needs_critic:
         more["credit/value_mean"] = mean(rollout.values.detach(), mask)
     if (group := estimator.responses_per_prompt) > 1:
-        flat = Groups.of(scores.scores, everyone, group).flat
+        flat = Groups.of(credit.token_level_scores.sum(1), mask.any(1), group).flat
         more["score/flat_groups"] = mean(flat, torch.ones_like(flat))
     kl_sequence, score = mean(rollout.kl.sum(1)), mean(scores.scores)
     return {
