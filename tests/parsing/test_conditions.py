@@ -20,6 +20,7 @@ from apportion import (
     ConstituencyParse,
     CreditConfig,
     EveryToken,
+    FixedNgram,
     Rollout,
     Scores,
     Stanza,
@@ -210,7 +211,7 @@ def test_a_program_is_cut_at_its_constituents() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "shown"),
-    [(Stanza, "<class .*Stanza'>"), ("stanza", "'stanza'"), (None, "None"), (FixedNgram(), "FixedNgram")],
+    [(Stanza, "<class .*Stanza'>"), ("stanza", "'stanza'"), (None, "None"), (FixedNgram(), r"FixedNgram\(n=5\)")],
 )
 def test_a_backend_that_does_not_parse_is_refused(backend: Any, shown: str) -> None:
     """Every row would fall back to one action a token, which is another method."""
