@@ -46,32 +46,44 @@ def check_seed(seed: object) -> None:
         raise ValueError(f"seed is {seed!r}; give a whole number, such as 0")
 
 
-def permutations(rollout: Rollout, seed: int, mask: Bool[Tensor, "B T"] | None = None) -> Int[Tensor, "B T"]:
-    """Draw a random permutation of the valid response tokens of each row, or of other columns.
+def permutations(rollout: Rollout, seed: int) -> Int[Tensor, "B T"]:
+    """Draw a random permutation of the valid response tokens of each row.
 
     Where two of a row's keys agree in their 24 bits, in one of 130 rows of 512 tokens, those two keep their order.
 
     Args:
         rollout: The rows.
         seed: Any integer; another seed gives other permutations.
-        mask: (B, T) bool. The columns that are permuted; by default those of valid tokens.
 
     Returns:
-        (B, T) int64. On such a column the number of another one of the row, each once; elsewhere some column.
+        (B, T) int64. On a valid token the column of another one of the row, each once; elsewhere some column.
     """
-    mask = rollout.response_mask if mask is None else mask
-    packing = Packing(mask)
-    keys = packing.unpack(row_keys(rollout, mask.shape[1], seed) >> 40).clamp_(max=2**23 - 2)
-    return packing.unpack(_order(keys.masked_fill_(~mask, 2**23 - 1)))  # what is not permuted comes last
+    mask, packing = rollout.response_mask, rollout.packing
+    return packing.unpack(_order(packing.unpack(row_keys(rollout, mask.shape[1], seed) >> 40), mask))
 
 
-def _order(keys: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+def orders(rollout: Rollout, seed: int, exists: Bool[Tensor, "B M"]) -> Int[Tensor, "B M"]:
+    """Draw a random order of what stands at the front of each row, such as its macro actions; see `permutations`.
+
+    Args:
+        rollout: The rows.
+        seed: Any integer.
+        exists: (B, M) bool. True at the front of each row, as often as there is something to be ordered.
+
+    Returns:
+        (B, M) int64. The columns of what exists in their new order, each once, and then the other columns.
+    """
+    return _order(row_keys(rollout, exists.shape[1], seed) >> 40, exists)
+
+
+def _order(keys: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Sort each row of signed integers of 24 bits, equal ones in the order they are in, and return their columns.
 
-    With the column in the low bits the numbers themselves are sorted, and all differ: on a CPU NumPy does that with
-    vector instructions, in a fraction of torch's time.
+    What is not of the mask comes last. With the column in the low bits the numbers themselves are sorted, and all
+    differ: on a CPU NumPy does that with vector instructions, in a fraction of torch's time.
     """
-    marked = (keys << 32).bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
+    ranked = keys.clamp(max=2**23 - 2).masked_fill_(~mask, 2**23 - 1)
+    marked = ranked.bitwise_left_shift_(32).bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
     if marked.device.type == "cpu":
         marked.numpy().sort(axis=1)
     else:

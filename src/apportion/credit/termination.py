@@ -20,7 +20,7 @@ from torch import Tensor
 from apportion.batch import Rollout
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.mean_rises import mean_rises
-from apportion.credit.row_keys import check_seed, permutations, row_keys
+from apportion.credit.row_keys import check_seed, orders, row_keys
 from apportion.masked import Packing
 
 
@@ -372,10 +372,9 @@ class ShuffledBoundaries(TerminationCondition):
         lengths = macro_lengths(ids)
         if ids.numel() and ids.device.type == "cpu":  # elsewhere to look how many there are would be to wait for it
             lengths = lengths[:, : int(ids.amax()) + 1]
-        exists = lengths.bool()
-        permuted = lengths.gather(1, permutations(rollout, self.seed, exists))
-        ends = (permuted.cumsum(1) - 1).masked_fill_(~exists, mask.shape[1])  # which come last
-        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, torch.ones_like(exists))[:, :-1]
+        # What does not exist comes last and is of length 0: it ends where the last action does.
+        ends = lengths.gather(1, orders(rollout, self.seed, lengths.bool())).cumsum(1)
+        closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, True)[:, 1:]
         return mask & rollout.packing.unpack(closes)
 
 
