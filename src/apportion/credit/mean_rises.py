@@ -43,9 +43,10 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     blocks = (length // BLOCK, BLOCK, rows)
     stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
     ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
-    sums, rest = exact.cumsum(0), length + 1 - ends
+    sums, rest = filled.cumsum(1, dtype=torch.float64).T, length + 1 - ends  # quicker than along the first axis
     torch.addcmul(sums, exact, ends, value=-1, out=line)  # P_t - t s_t
-    torch.addcmul(rest, stays.view(length, rows), rest, value=-1, out=begins)  # from the end: the first is the largest
+    torch.mul(stays.view(length, rows), rest, out=begins)
+    torch.sub(rest, begins, out=begins)  # counted from the end: the first is the largest
     last = slice(BLOCK - 1, None, BLOCK)
     opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
     opens = begins.view(blocks).le_(_first_that_stays(terms, opened)[:, None]).sub_(stays).bool()
