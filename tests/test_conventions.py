@@ -110,6 +110,7 @@ def impurities(name: str, tree: ast.Module) -> Iterator[str]:
         allowed = within(inner, PURE) if root == "apportion" else root in PURE_LIBRARIES | sys.stdlib_module_names
         if not allowed:
             yield f"{name} imports {module}; the pure core knows {', '.join(sorted(PURE_LIBRARIES))} and itself"
+    # On a CPU there is no device to wait for.
     branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
     on_cpu = [node for node in branches if ast.unparse(node.test).endswith("device.type == 'cpu'")]
     exempt = {node for branch in on_cpu for line in branch.body for node in ast.walk(line)}

@@ -88,7 +88,7 @@ def test_a_small_difference_of_large_scores_counts(estimator: type[GroupEstimato
         numbers = torch.tensor(totals).tolist()  # as float32 has them
         wanted = reference.group_advantages(NAMES[estimator], numbers, 4)
         assert all(wanted)
-        assert advantages(estimator(4), numbers) == pytest.approx(wanted, rel=0.1)
+        assert advantages(estimator(4), numbers) == pytest.approx(wanted, rel=1e-3)
 
 
 @every_estimator

@@ -67,7 +67,7 @@ def test_keys_are_sorted_as_by_torch_and_equal_ones_keep_their_order(drawn: list
     assert torch.equal(_order(keys, mask), ranked.argsort(dim=1, stable=True))
 
 
-@pytest.mark.parametrize("count", [1, 64, 300])
+@pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 300])
 def test_a_row_is_permuted_alike_alone_and_among_many(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     mask = torch.rand(count, 512, generator=generator) < torch.rand(count, 1, generator=generator)
