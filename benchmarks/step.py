@@ -129,6 +129,14 @@ SETTINGS = {
         blocks=6,
         aim=1.05,
     ),
+    "policy attention, four parts": Setting(
+        title="float32, the policy's attention from passes of their own, for an update in four micro-batches",
+        work=replace(WHOLE, micro_rows=16),
+        peers=(),
+        methods=("token PPO", "ABC-D"),
+        blocks=6,
+        aim=1.05,
+    ),
     "policy attention, minibatches": Setting(
         title="float32, the policy's attention from the pass before four minibatches",
         work=replace(WHOLE, mini_batches=4),

@@ -9,7 +9,7 @@ from torch import Tensor
 from apportion import AttentionRequest, PolicyAttention, Rollout, Sampling
 from apportion.batch import rows
 from apportion.microbatches import by_length
-from apportion.models import Policy
+from apportion.models import Policy, unwrapped
 from apportion.rollout import widths
 from apportion.score.policy_attention import PolicyReading, read_policy
 from families import EOS, causal
@@ -133,6 +133,29 @@ def test_of_groups_the_last_alone_runs_the_head_and_keeps_its_graph() -> None:
     torch.testing.assert_close(part.logprobs[last].detach(), whole.logprobs[last], atol=1e-6, rtol=1e-6)
     assert part.logprobs[last].requires_grad
     assert (part.logprobs[torch.cat(others)] == 0).all()
+
+
+UP_TO = [("llama", 0), ("llama", 1), ("qwen3_next", 1), ("gptj", 0), ("bloom", 1)]
+COMPILED = [("llama", 1), ("gptj", 0)]  # Bloom's own code warns while it is compiled
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "compiled"), [(*case, False) for case in UP_TO] + [(*case, True) for case in COMPILED]
+)
+def test_for_its_attention_alone_a_model_is_run_no_further(family: str, layer: int, compiled: bool) -> None:
+    rollout, policy = rollout_of(), Policy(causal(family), (EOS,))
+    whole = read(policy, rollout, AttentionRequest(row="mean", layer=layer), logprobs="all", budget=20)
+    ran: list[str] = []
+    for name, module in policy.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    hooks = [len(module._forward_hooks) for module in policy.modules()]
+    if compiled:
+        unwrapped(policy.model).base_model.compile(backend="eager")
+    alone = read(policy, rollout, AttentionRequest(row="mean", layer=layer), logprobs=None, budget=20)
+    assert torch.equal(alone.attention, whole.attention)
+    assert {name.split(".")[-2] for name in ran} == {str(number) for number in range(layer)}
+    assert [len(module._forward_hooks) for module in policy.modules()] == hooks
 
 
 def test_another_layer_and_other_heads_are_other_attention() -> None:

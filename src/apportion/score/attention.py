@@ -393,6 +393,7 @@ def _restore(functions: MutableMapping[str, Any], name: str, function: Callable[
         functions[name] = function
 
 
+@torch.compiler.disable
 def _keep_maps(captured: Captured, module: nn.Module, _inputs: Any, output: Any) -> Any:
     """Keep what is wanted of the maps that an attention layer returns, and drop the maps."""
     result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)

@@ -3,13 +3,14 @@
 PPO's first pass over a rollout is made by the policy that sampled. Where the attention is asked for, that pass is made
 before credit is assigned, and its log-probabilities are handed to the update, those of the rows read last with their
 graph, for the update begins with them. So where all rows are read at once the attention costs what is computed beside
-the pass, not another one; otherwise the other rows are read once more, without the head.
+the pass, not another one; otherwise the other rows are read once more, up to the layer that is asked for.
 
 Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which stores the maps of generation.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from apportion.microbatches import in_groups
 from apportion.models import Policy, hidden_states
 from apportion.rollout import trim, widths
 from apportion.sampling import Sampling
+from apportion.score.attention import find_attention
 from apportion.score.attention_columns import capture_attention, queries_of
 
 
@@ -77,7 +79,7 @@ def read_policy(
             if logprobs == "all" or torch.is_grad_enabled():
                 found = policy(*text, sampling, whole=True)
             else:
-                found = _run(policy, text)
+                found = _run(policy, text, request)
         seen = response_mask & queries_of(request, answer).any(1, keepdim=True)
         return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), found
 
@@ -87,8 +89,22 @@ def read_policy(
     return PolicyReading(attention=attention, logprobs=None if logprobs is None else found)
 
 
-def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor]) -> Float[Tensor, "N W"]:
-    """Run the trunk alone; zeros for what the head would say."""
+class _Seen(Exception):
+    """Leaves a model whose layer has been seen."""
+
+
+def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor], request: AttentionRequest) -> Tensor:
+    """Run the trunk up to the attention that is asked for; zeros, (N, W), for what the head would say."""
     inner = next(module for module in policy.modules() if isinstance(module, Policy))
-    hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))
+    # registered after the hook of a capture, if it is by a hook that the layer is read, so called after it
+    handle = find_attention(inner.model, request.layer).register_forward_hook(_leave)
+    try:
+        with suppress(_Seen):
+            hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))
+    finally:
+        handle.remove()
     return torch.zeros(text[2].shape, device=text[2].device)
+
+
+def _leave(*_: Any) -> None:
+    raise _Seen
