@@ -46,7 +46,7 @@ def with_policy_attention(
     """Add the policy's attention to the scores, where credit follows it.
 
     It is read in a pass that the update would make: its first, or the one before several minibatches. Where a rollout
-    is read in parts, all but the last of them are read once more, without the head.
+    is read in parts, all but the last of them are read once more, up to the layer that is asked for.
 
     Args:
         policy: As accelerate has prepared it.
