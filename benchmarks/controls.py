@@ -1,6 +1,6 @@
 """Tune four methods alike on the task `reviews`, run them and the controls over fresh seeds, and report what helps.
 
-    python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--write]
+    python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--start START] [--write]
 
 All runs share one fine-tuned model and one reward model. First each method is tuned on one seed over the same grid;
 then it is run with fresh seeds at its best settings and at lam 0.95 as in the papers, and so is each control
@@ -8,8 +8,9 @@ then it is run with fresh seeds at its best settings and at lam 0.95 as in the p
 highest objective, the score less its KL penalty, which PPO maximises; the oracle is what a user has not. Finished runs
 are kept as lines of `benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which
 another machine makes of the same seed, count in the columns "all starts" alone. After `--hours` no further run is
-begun. With `--write` the report on what is there goes to `benchmarks/results/controls-DATE.md`; what stands under its
-last heading is written by hand and kept.
+begun. With `--write` the report on what is there goes to `benchmarks/results/controls-START.md`, START the fingerprint
+of the two models; what stands under its last heading is written by hand and kept: also the machine of the runs. With
+`--start` nothing is run; the report is on the runs of that start.
 """
 
 import argparse
@@ -44,7 +45,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = RESULTS / "controls-runs.jsonl"
 READING = "## What it says"
-START = "- start: {}"
 PREAMBLE = """\
 Held-out means (256 prompts); interquartile means over seeds with bootstrap intervals of 95 %. The score is the reward
 model's, which the policies were trained on; the oracle is the task's. The objective is the score in the units that are
@@ -329,19 +329,31 @@ def paired_table(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]
         own = "ppo" if trial.name in METHODS else beside(trial.name) or "ppo"
         for other in dict.fromkeys((own, "ppo")):
             against = Trial(name=other, lam=PAPER[0] if other in METHODS else None, rate=PAPER[1], seed=0)
-            if trial.name in AT_BEST and trial.lam is not None and other in METHODS:
+            if _at_best(trial) and other in METHODS:
                 against = replace(trial, name=other)
             if trial == against or not (both := _pairs(trial, against, curves)):
                 continue
-            pooled = [pair for start in starts for pair in _pairs(trial, against, start)]
+            pooled = [pair for start in starts for pair in _pairs(*_in_start(trial, against, start), start)]
             cells = [*_differences(both, SHOWN), *_differences(pooled, POOLED), str(len(pooled))]
             yield _row(*_named(trial), other, *cells)
     yield ""
 
 
+def _at_best(trial: Trial) -> bool:
+    """Tell whether a control is asked where its method is at its best."""
+    return trial.name in AT_BEST and trial.lam is not None
+
+
+def _in_start(trial: Trial, against: Trial, curves: dict[Trial, Curve]) -> tuple[Trial, Trial]:
+    """The same question to another start: a control at its method's best is asked at the best of that start."""
+    abc = best("abc", curves, "score")
+    if not _at_best(trial) or abc is None:
+        return trial, against
+    return replace(abc, name=trial.name, seed=0), replace(abc, name=against.name, seed=0)
+
+
 def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> Iterator[str]:
     """Write the report line by line."""
-    models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
     planned = [*tuning(), *fresh(curves)]
     yield from ("# Controls on the task `reviews`, T = 160", "")
     yield f"{sum(trial in curves for trial in planned)} of {len(planned)} runs of {STEPS} updates are there."
@@ -349,21 +361,28 @@ def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> 
     yield from ("", f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`")
     commits = ", ".join(dict.fromkeys(curves[trial].commit for trial in planned if trial in curves))
     yield f"- commits of the runs: {commits}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
-    yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores, one thread a run"
-    yield from (START.format(next(iter(curves.values())).start), "") if curves else ("",)
+    yield from (f"- start: {next(iter(curves.values())).start}; one thread a run", "")
     yield from tuning_table(curves)
     yield from fresh_table(curves)
     yield from tuned_table(curves, starts)
     yield from paired_table(curves, starts)
 
 
-def kept(start: str) -> str:
-    """What was written by hand in the newest report on a start, from its heading on."""
-    for old in sorted(RESULTS.glob("controls-*.md"), reverse=True):
-        text = old.read_text()
-        if START.format(start) in text and READING in text:
-            return text[text.index(READING) :]
-    return f"{READING}\n"
+def kept(path: Path) -> str:
+    """What was written by hand in the last report on a start, from its heading on."""
+    text = path.read_text() if path.exists() else ""
+    return text[text.index(READING) :] if READING in text else f"{READING}\n"
+
+
+def run_all(arguments: argparse.Namespace) -> str:
+    """Do what is not there yet; return the fingerprint of the start."""
+    folder, jobs, until = arguments.folder, arguments.jobs, time.time() + 3600 * arguments.hours
+    claim(folder, "control", {"start_seed": 0, "num_steps": STEPS})
+    prepare(folder / "start", 0, jobs, Console())
+    run(tuning(), folder, jobs, until)
+    start_print = fingerprint(folder / "start")
+    run(fresh(read_curves(start_print)), folder, jobs, until)
+    return start_print
 
 
 def main() -> None:
@@ -371,20 +390,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="where the runs go")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after so long")
+    parser.add_argument("--start", help="report on the runs of this start (a fingerprint), and run nothing")
     parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     arguments = parser.parse_args()
-    until = time.time() + 3600 * arguments.hours
-    claim(arguments.folder, "control", {"start_seed": 0, "num_steps": STEPS})
-    prepare(arguments.folder / "start", 0, arguments.jobs, Console())
-    run(tuning(), arguments.folder, arguments.jobs, until)
-    start_print = fingerprint(arguments.folder / "start")
-    run(fresh(read_curves(start_print)), arguments.folder, arguments.jobs, until)
+    start_print = arguments.start or run_all(arguments)
     starts = read_starts()
-    text = "\n".join(report(starts.get(start_print, {}), starts.values()))
+    if start_print not in starts:
+        parser.error(f"{RECORDS.name} has no runs of the start {start_print!r}, only of {', '.join(starts)}")
+    text = "\n".join(report(starts[start_print], starts.values()))
     print(text)
     if arguments.write:
-        path = RESULTS / f"controls-{datetime.now(UTC):%Y-%m-%d}.md"
-        path.write_text(text.rstrip() + "\n\n" + kept(start_print))
+        path = RESULTS / f"controls-{start_print}.md"
+        path.write_text(text.rstrip() + "\n\n" + kept(path))
 
 
 if __name__ == "__main__":
