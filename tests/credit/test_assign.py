@@ -28,6 +28,7 @@ from apportion import (
     Rollout,
     Scores,
     Shuffled,
+    ShuffledBoundaries,
     Terminal,
     TerminationCondition,
     Uniform,
@@ -494,6 +495,7 @@ def test_the_official_preset_gives_conditions_their_official_defaults() -> None:
         Perplexity(): Perplexity(early=True),
         Perplexity(variant="segment"): Perplexity(variant="segment"),
         FixedNgram(n=3): FixedNgram(n=3),
+        ShuffledBoundaries(Perplexity(), seed=4): ShuffledBoundaries(Perplexity(early=True), seed=4),
     }
     for given_condition, wanted in official.items():
         assert CreditConfig.official(termination=given_condition).termination == wanted

@@ -30,6 +30,7 @@ from apportion.credit.termination import (
     FixedNgram,
     Perplexity,
     RandomizedNgram,
+    ShuffledBoundaries,
     TerminationCondition,
     check_condition,
     check_instance,
@@ -133,8 +134,8 @@ class CreditConfig:
         """MA-PPO as its official code computes it, less what can only crash, with changes by keyword.
 
         What the code computes otherwise than the paper is adapted in the changes too: `position` pools with falling
-        weights, `RandomizedNgram` with its default lengths gets (1, 2, 3, 5, 10), and `Perplexity()` closes early. For
-        the paper's form of one of these, `dataclasses.replace` the preset.
+        weights, `RandomizedNgram` with its default lengths gets (1, 2, 3, 5, 10), and `Perplexity()` closes early, also
+        inside of `ShuffledBoundaries`. For the paper's form of one of these, `dataclasses.replace` the preset.
         """
         if changes.get("macro_value") == "position":
             changes["macro_value"] = "position_falling"
@@ -236,6 +237,8 @@ def _official_termination(termination: Condition) -> Condition:
     """Give a condition the defaults that it has in the official code."""
     if isinstance(termination, RandomizedNgram) and termination.lengths == RandomizedNgram.lengths:
         return replace(termination, lengths=(1, 2, 3, 5, 10))
+    if isinstance(termination, ShuffledBoundaries):
+        return replace(termination, inner=_official_termination(termination.inner))
     return Perplexity(early=True) if termination == Perplexity() else termination
 
 
