@@ -22,7 +22,6 @@ from apportion.parsing.worker import Trees
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-@dataclass(frozen=True)
 class ParseCondition(TerminationCondition):
     """Close where the rules of `credit.parse.closing_tokens` close, by trees of the responses' texts.
 
@@ -31,7 +30,7 @@ class ParseCondition(TerminationCondition):
     """
 
     cutoff: int
-    workers: int = field(kw_only=True)
+    workers: int
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
