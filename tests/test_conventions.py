@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src" / "apportion"
 # Left to right. A module imports from its own layer and from those on its left.
 LAYERS = (
     *(
+        "checks",
         "masked",
         "batch",
         "streams",
@@ -34,7 +35,7 @@ LAYERS = (
     "__main__",
 )
 # Tensors and numbers in, tensors out: no model, no device, no file.
-PURE = ("masked", "batch", "credit", "update.aggregation", "update.losses")
+PURE = ("checks", "masked", "batch", "credit", "update.aggregation", "update.losses")
 PURE_LIBRARIES = {"torch", "jaxtyping"}
 # Calls that make a GPU wait for the host.
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy"}

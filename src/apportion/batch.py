@@ -4,7 +4,7 @@ Axes: B rows, P prompt tokens, T response tokens. Prompts are padded on the left
 token is a response token even where the padding token is the same one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, Self, TypeVar
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.checks import is_whole
 from apportion.masked import Packing
 
 
@@ -139,6 +140,21 @@ class Rollout:
         return Packing(self.response_mask)
 
 
+def heads_of(heads: object) -> tuple[int, ...] | None:
+    """Make a tuple of a list of heads, which could be no key of a mixture.
+
+    Raises:
+        ValueError: If they are none, no whole numbers from 0, or twice the same.
+    """
+    if heads is None:
+        return None
+    listed = tuple(heads) if isinstance(heads, Iterable) else ()
+    numbers = tuple(head for head in listed if is_whole(head) and head >= 0)
+    if not numbers or len({*numbers}) < len(listed):
+        raise ValueError(f"heads is {heads!r}; list heads from 0, each once, or None for all")
+    return numbers
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
     """Which attention to response tokens a redistribution reads: one layer, some heads, some rows, averaged.
@@ -151,7 +167,8 @@ class AttentionRequest:
         before_last: Whether the last response token is no query, as while sampling, where it is never fed back.
 
     Raises:
-        ValueError: If the row is unknown, or the heads are none, negative or twice the same.
+        ValueError: If the layer is no whole number, the row is unknown, or the heads are none, no whole numbers from 0,
+            or twice the same.
     """
 
     layer: int | None = None
@@ -161,12 +178,11 @@ class AttentionRequest:
 
     def __post_init__(self) -> None:
         """Refuse what names no attention."""
-        if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "heads", heads_of(self.heads))
+        if self.layer is not None and not is_whole(self.layer):
+            raise ValueError(f"layer is {self.layer!r}; give a whole number, negative from the end, or None")
         if self.row not in ("read", "last", "mean"):
             raise ValueError(f"row is {self.row!r}; choose 'read', 'last' or 'mean'")
-        if self.heads is not None and (not self.heads or min(self.heads) < 0 or len({*self.heads}) < len(self.heads)):
-            raise ValueError(f"heads is {self.heads}; list heads from 0, each once, or None for all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,9 +75,9 @@ def masked_whiten(
 ) -> Float[Tensor, "*shape"]:
     """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
 
-    Values that differ from each other by less than `ROUNDING` of their mean are equal but for the rounding of the sums
-    that they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, or is
-    too large to be squared, none of the answers is finite.
+    Values that are all within `ROUNDING` of their mean, in units of it, are equal but for the rounding of the sums that
+    they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, or is too
+    large to be squared, none of the answers is finite.
 
     Args:
         x: (...) float. Any values; what lies outside the mask has no effect.
@@ -88,9 +88,13 @@ def masked_whiten(
     Returns:
         (...) float32.
     """
-    mean, variance = masked_mean(x, mask, reduce=reduce), masked_var(x, mask, reduce=reduce)
-    equal = variance <= (ROUNDING * mean) ** 2  # False for NaN
+    mean = masked_mean(x, mask, reduce=reduce)
+    centred = torch.where(mask, x.float() - mean, 0)
+    apart = mask & ~(centred.abs() <= ROUNDING * mean.abs())  # NaN is
+    total, count, outside = reduce(torch.stack([t.float().sum() for t in (centred.square(), mask, apart)]))
+    variance = total / (count - 1).clamp(min=1)
     scale = torch.where(variance.isfinite(), torch.rsqrt(variance + eps), torch.nan)
+    equal = (outside == 0) & variance.isfinite()
     return torch.where(mask & ~equal, (x.float() - mean) * scale, 0)
 
 

@@ -51,7 +51,7 @@ CASES = [
     PrefixDifference(beta=0.4, from_prompt=False),
     ErrorLine(),
     ErrorLine(beta=0.5),
-    Shuffled(Terminal()),
+    Shuffled(Mixture.of({Attention(): 0.5, Terminal(): 0.5})),
     Shuffled(PrefixDifference()),
     Mixture.of({Terminal(): 0.5, PrefixDifference(): 0.5}),
     Mixture.of({Attention(): 0.5, PrefixDifference(): 0.5}),

@@ -353,6 +353,7 @@ def test_reward_to_go_keeps_what_a_redistribution_pays_to_each_token() -> None:
     ("changes", "message"),
     [
         ({"gamma": 1.5}, r"gamma is 1.5; choose a number in \[0, 1\]"),
+        ({"gamma": "x"}, r"gamma is 'x'; choose a number in \[0, 1\]"),
         ({"gamma": 0.9, "group_size": 4}, "gamma is 0.9 with group_size 4, which discounts nothing; use 1"),
         ({"per": "token", "group_size": 4}, "per is 'token' with group_size 4, which has no discount; leave it out"),
         ({"group_size": 0}, "group_size is 0; give a whole number of at least 1"),

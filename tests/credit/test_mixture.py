@@ -93,13 +93,30 @@ def test_attention_mixes_with_the_end_as_its_beta_does() -> None:
     torch.testing.assert_close(mixture(rollout, scores, gamma=0.9), Attention(beta=0.8)(rollout, scores, gamma=0.9))
 
 
-def test_a_shuffled_mixture_permutes_all_that_it_pays() -> None:
-    mask = mask_of_lengths(7, 4)
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_a_shuffled_mixture_permutes_what_its_parts_spread_and_leaves_the_rest_at_the_end(gamma: float) -> None:
+    mask = mask_of_lengths(7, 4, 1, 0)
     rollout, scores = random_rollout(mask), random_scores(mask)
-    mixture = Mixture.of({Attention(): 0.5, Terminal(): 0.5})
-    shuffled = Shuffled(mixture)(rollout, scores)
-    torch.testing.assert_close(shuffled.sort(1).values, mixture(rollout, scores).sort(1).values)
-    assert not torch.equal(shuffled, mixture(rollout, scores))
+    whole, half = Attention(beta=1.0), Attention(beta=0.5)
+    for mixture in ({half: 1.0}, {whole: 0.5, Terminal(): 0.5}, {half: 0.5, whole: 0.25, Terminal(): 0.25}):
+        shuffled = Shuffled(Mixture.of(mixture), seed=4)(rollout, scores, gamma=gamma)
+        torch.testing.assert_close(shuffled, Shuffled(half, seed=4)(rollout, scores, gamma=gamma))
+        assert not torch.equal(shuffled, half(rollout, scores, gamma=gamma))
+    nothing = Shuffled(Mixture.of({Terminal(): 0.6, Attention(beta=0.0): 0.4}))(rollout, scores, gamma=gamma)
+    torch.testing.assert_close(nothing, Terminal()(rollout, scores), atol=0, rtol=1e-6)
+
+
+def test_a_mixture_says_what_it_spreads_apart_from_what_it_leaves_at_the_end() -> None:
+    mask = mask_of_lengths(7, 4, 1, 0)
+    rollout, scores = random_rollout(mask), random_scores(mask)
+
+    def evenly(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
+        return Uniform()(rollout, scores)
+
+    mixture = Mixture.of({Attention(beta=0.5): 0.5, Uniform(): 0.25, evenly: 0.125, Terminal(): 0.125})
+    assert mixture.weight == 0.625
+    left = (1 - mixture.weight) * Terminal()(rollout, scores)
+    torch.testing.assert_close(mixture.weight * mixture.shares(rollout, scores) + left, mixture(rollout, scores))
 
 
 def test_a_mixture_needs_what_its_parts_need() -> None:
@@ -115,14 +132,18 @@ def test_a_mixture_needs_what_its_parts_need() -> None:
         ({Terminal(): 0.5, Uniform(): 0.6}, r"weights of parts are 0.5, 0.6 and sum to 1.1; make them sum to 1"),
         ({Terminal(): 1.5, Uniform(): -0.5}, r"weight is -0.5; choose a number of at least 0"),
         ({Terminal(): torch.nan}, r"weight is nan"),
+        ({Terminal(): "1"}, r"weight is '1'; choose a number"),
+        ({Terminal(): True}, r"weight is True; choose a number"),
+        (5, r"parts is 5; give redistributions with weights"),
+        ("Attention", r"parts is 'Attention'; give redistributions with weights"),
         ({}, r"parts is empty"),
         ({Attention(): 0.5, Attention(layer=0): 0.5}, r"attention is asked for as .*layer=None.* and as .*layer=0"),
         ({PolicyAttention(): 0.5, PolicyAttention(mode="last"): 0.5}, r"policy_attention is asked for as"),
     ],
 )
-def test_what_is_no_mixture_is_refused(weights: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Mixture.of(weights)
+def test_what_is_no_mixture_is_refused(weights: Any, message: str) -> None:
+    with without_type_checks(), pytest.raises(ValueError, match=message):
+        Mixture(weights)
 
 
 def test_parts_without_a_name_for_their_weight_are_refused() -> None:
@@ -182,7 +203,8 @@ def test_a_callable_that_answers_in_another_form_is_refused(answer: Any, message
     [
         (lambda scores: scores, r"<lambda> is no redistribution \(too many positional arguments\)"),
         (lambda _, scores: scores, r"got an unexpected keyword argument 'gamma'"),
-        ("Attention", "str is no redistribution"),
+        ("Attention", r"redistribution is 'Attention'; give an instance, Attention\(...\)"),
+        (Attention, r"redistribution is <class .*>; give an instance, Attention\(...\)"),
         (SimpleNamespace(), "SimpleNamespace is no redistribution"),
     ],
 )

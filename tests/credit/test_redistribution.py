@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from apportion import (
     Uniform,
     macro_ids,
 )
-from apportion.batch import rows
+from apportion.batch import Rollout, rows
 from apportion.credit.attention import attention_fallbacks
+from apportion.credit.redistribution import at_end
 from apportion.masked import ranks
 from batches import (
     for_reference,
@@ -55,7 +57,7 @@ KEEPING = (
     PrefixDifference(from_prompt=False),
     PrefixDifference(beta=0.4, from_prompt=False),
     Shuffled(inner=Attention()),
-    Shuffled(inner=Terminal(), seed=2),
+    Shuffled(inner=Attention(beta=0.3), seed=2),
 )
 FROM_PROMPT = (PrefixDifference(), PrefixDifference(beta=0.4))
 every_redistribution = pytest.mark.parametrize("redistribution", KEEPING + FROM_PROMPT, ids=str)
@@ -289,7 +291,11 @@ def test_shuffles_are_even_and_differ_between_seeds() -> None:
     """Where the only share lands in rows of 4: chi-square with 3 degrees of freedom, above 16.3 once in a thousand."""
     rollout = random_rollout(mask_of_lengths(*[4] * 4000))
     ones = Scores(scores=torch.ones(4000))
-    first, second = (Shuffled(inner=Terminal(), seed=seed)(rollout, ones) for seed in (0, 1))
+
+    def all_at_the_end(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
+        return at_end(scores.scores, rollout.response_mask)
+
+    first, second = (Shuffled(inner=all_at_the_end, seed=seed)(rollout, ones) for seed in (0, 1))
     assert ((first.sum(0) - 1000) ** 2 / 1000).sum() < 16.3
     assert 800 < (first * second).sum() < 1200  # the same place by chance in one row of four
 
@@ -453,6 +459,14 @@ def test_weights_of_the_policy_without_mass_stay_at_the_end_and_are_counted(lega
         (lambda: Attention(heads=()), r"heads is \(\); list heads from 0"),
         (lambda: PolicyAttention(heads=(1, -1)), r"heads is \(1, -1\); list heads from 0"),
         (lambda: Attention(heads=(1, 1)), r"heads is \(1, 1\); list heads from 0, each once"),
+        (lambda: PolicyAttention(heads=3), "heads is 3; list heads from 0"),  # type: ignore[arg-type]
+        (lambda: PolicyAttention(heads=(0, 0.5)), r"heads is \(0, 0\.5\); list heads"),  # type: ignore[arg-type]
+        (lambda: Attention(heads="0"), "heads is '0'; list heads"),  # type: ignore[arg-type]
+        (lambda: PolicyAttention(layer="last"), "layer is 'last'; give a whole number"),  # type: ignore[arg-type]
+        (lambda: Attention(layer=1.5), r"layer is 1\.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: PolicyAttention(legacy_shift="no"), "legacy_shift is 'no'; choose True"),  # type: ignore[arg-type]
+        (lambda: Attention(beta="x"), "beta is 'x'; choose a number in"),  # type: ignore[arg-type]
+        (lambda: Uniform(beta=True), "beta is True; choose a number in"),
     ],
 )
 def test_a_request_that_names_no_attention_is_refused(make, message: str) -> None:

@@ -357,6 +357,8 @@ def test_half_precision_log_probabilities_are_compared_as_they_are() -> None:
         (lambda: ShuffledBoundaries(FixedNgram(), seed=1.5), r"seed is 1\.5; give a whole number"),  # pyright: ignore
         (lambda: RandomizedNgram(seed="a"), "seed is 'a'; give a whole number"),  # pyright: ignore
         (lambda: RandomizedNgram(lengths=5), "lengths is 5; give several whole numbers"),  # pyright: ignore
+        (lambda: Entropy(True), "threshold is True; choose a number of at least 0"),
+        (lambda: LowProbability(False), "threshold is False; choose a probability"),
         (lambda: Entropy("a"), "threshold is 'a'; choose a number of at least 0"),  # pyright: ignore
         (lambda: LowProbability("a"), "threshold is 'a'; choose a probability"),  # pyright: ignore
     ],

@@ -454,6 +454,14 @@ def test_some_heads_are_averaged(family: str) -> None:
         model(**inputs)
 
 
+def test_a_model_that_shows_no_attention_is_refused_by_a_trial_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"FalconAttention returned no attention map: load .*'eager'.*config\.json"):
+        check_request(make("falcon", "sdpa"), AttentionRequest())
+    check_request(make("falcon", "eager"), AttentionRequest())
+    with pytest.raises(ValueError, match=r"Dropout drops out"):
+        check_request(make("gpt2").train(), AttentionRequest())
+
+
 @torch.no_grad()
 def test_a_layer_that_is_not_there_is_refused() -> None:
     for layer in (3, -4):

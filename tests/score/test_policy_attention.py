@@ -72,6 +72,16 @@ def test_the_attention_is_that_of_eager_maps_of_each_text_alone(family: str, leg
         torch.testing.assert_close(found[b], wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["mean", "last"])
+def test_a_response_whose_only_token_is_no_query_has_no_attention(mode: Any) -> None:
+    request = PolicyAttention(mode=mode, legacy_shift=True).needs.policy_attention
+    assert request is not None
+    for logprobs in ("last", "all", None):
+        found = read(Policy(causal("llama"), (EOS,)), rollout_of(), request, logprobs=logprobs).attention
+        assert found[2].tolist() == [0.0] * 8
+        assert found[0, 0] > 0
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gptj", "bloom"])
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
 def test_a_response_alone_is_read_as_in_any_batch(family: str, budget: int) -> None:

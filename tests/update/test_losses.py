@@ -239,6 +239,17 @@ def test_a_ratio_without_a_meaning_is_refused(arguments: dict, message: str) -> 
         policy_loss(x, x, x, x == 0, cliprange=0.2, **arguments)
 
 
+@pytest.mark.parametrize("ratio", ["token", "macro", "macro_mean"])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_log_ratio_is_itself_up_to_20_nats_and_held_there_beyond(ratio: Granularity, sign: float) -> None:
+    """docs/differences.md: the loss of a token that the policy has given up, or taken to, stays finite."""
+    mask, ids = mask_of_lengths(1, 1, 1), torch.zeros(3, 1, dtype=torch.long)
+    new = sign * torch.tensor([[19.5], [20.5], [300.0]])
+    ratios, _ = importance_ratio(new, torch.zeros(3, 1), mask, granularity=ratio, macro_ids=ids)
+    wanted = torch.tensor([19.5, 20.0, 20.0]) * sign
+    torch.testing.assert_close(ratios[:, 0].log(), wanted, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("number", [0.0, -0.2, math.nan])
 def test_a_clip_range_that_holds_nothing_is_refused(number: float) -> None:
     x = torch.zeros(1, 2)

@@ -331,6 +331,10 @@ def test_more_minibatches_than_responses_are_refused() -> None:
     ("name", "value"),
     [
         ("num_ppo_epochs", 0),
+        ("num_ppo_epochs", 1.5),
+        ("num_mini_batches", True),
+        ("cliprange", "a"),
+        ("max_skipped_steps", 0.5),
         ("num_mini_batches", 0),
         ("micro_batch_tokens", 0),
         ("cliprange", 0.0),

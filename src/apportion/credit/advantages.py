@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.checks import check_unit_interval
 from apportion.credit.macro_actions import MacroActions, Pooling
 from apportion.masked import ranks, zero_outside
 
@@ -89,8 +90,8 @@ def gae(
 
 def _check_unit_interval(name: str, number: float | Tensor) -> None:
     """Refuse a number outside [0, 1]; a tensor is trusted, for to read it would stall the device."""
-    if not isinstance(number, Tensor) and not 0 <= number <= 1:
-        raise ValueError(f"{name} is {number}; choose a number in [0, 1]")
+    if not isinstance(number, Tensor):
+        check_unit_interval(name, number)
 
 
 @dataclass(frozen=True, kw_only=True)

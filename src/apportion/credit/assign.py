@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.batch import Credit, Rollout, Scores
+from apportion.checks import check_instance, is_number
 from apportion.credit.advantages import GAE, AdvantageEstimator, Earnings
 from apportion.credit.attention import Attention, PolicyAttention
 from apportion.credit.error_line import ErrorLine
@@ -33,7 +34,6 @@ from apportion.credit.termination import (
     ShuffledBoundaries,
     TerminationCondition,
     check_condition,
-    check_instance,
     closes_of,
 )
 from apportion.credit.token_weights import token_weights
@@ -94,10 +94,10 @@ class CreditConfig:
         for name, choices in (("macro_value", poolings), ("macro_reward", ("sum", "mean"))):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
-        if not 0 <= self.kl_coef < float("inf"):
-            raise ValueError(f"kl_coef is {self.kl_coef}; choose a number of at least 0 (0 switches the penalty off)")
-        if self.score_clamp is not None and not self.score_clamp > 0:
-            raise ValueError(f"score_clamp is {self.score_clamp}; choose a positive number, or None for no clamp")
+        if not (is_number(self.kl_coef) and 0 <= self.kl_coef < float("inf")):
+            raise ValueError(f"kl_coef is {self.kl_coef!r}; choose a number of at least 0 (0 switches the penalty off)")
+        if self.score_clamp is not None and not (is_number(self.score_clamp) and self.score_clamp > 0):
+            raise ValueError(f"score_clamp is {self.score_clamp!r}; choose a positive number, or None for no clamp")
         check_redistribution(self.redistribution)
         self._check_together()
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.batch import AttentionRequest, Needs, Rollout, Scores
+from apportion.batch import AttentionRequest, Needs, Rollout, Scores, heads_of
 from apportion.credit.redistribution import Redistribution, check_beta
 from apportion.masked import Packing, is_last, zero_outside
 
@@ -49,8 +49,7 @@ class Attention(Redistribution):
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
         check_beta(self.beta)
-        if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))  # a list could be no key of a mixture
+        object.__setattr__(self, "heads", heads_of(self.heads))
         _ = self.needs
 
     @property
@@ -108,10 +107,11 @@ class PolicyAttention(Redistribution):
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
         check_beta(self.beta)
-        if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))  # a list could be no key of a mixture
+        object.__setattr__(self, "heads", heads_of(self.heads))
         if self.mode not in ("mean", "last"):
             raise ValueError(f"mode is {self.mode!r}; choose 'mean' (ABC-D) or 'last' (ABC-D2)")
+        if not isinstance(self.legacy_shift, bool):
+            raise ValueError(f"legacy_shift is {self.legacy_shift!r}; choose True or False")
         _ = self.needs
 
     @property

@@ -8,13 +8,13 @@ rounding up. So has a response that is alone in its group.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.checks import is_whole
 from apportion.credit.advantages import AdvantageEstimator, Earnings
 from apportion.masked import ROUNDING
 
@@ -79,7 +79,7 @@ def check_group_size(group_size: int, least: int) -> None:
     Raises:
         ValueError: If `group_size` is not a whole number, or less than the least.
     """
-    if not isinstance(group_size, Integral) or isinstance(group_size, bool) or group_size < least:
+    if not (is_whole(group_size) and group_size >= least):
         raise ValueError(f"group_size is {group_size!r}; give a whole number of at least {least}, such as 8")
 
 

@@ -1,7 +1,7 @@
 """Redistributions that are made of others: mixtures, and the control that only permutes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.batch import Needs, Rollout, Scores
-from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place
+from apportion.checks import is_number
+from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place, shares_of
 from apportion.credit.row_keys import check_seed, permutations
 from apportion.masked import zero_outside
 
@@ -36,8 +37,8 @@ class Weighted:
     def __post_init__(self) -> None:
         """Refuse what can be no part of a mixture."""
         check_redistribution(self.redistribution)
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight is {self.weight}; choose a number of at least 0")
+        if not (is_number(self.weight) and 0 <= self.weight < math.inf):
+            raise ValueError(f"weight is {self.weight!r}; choose a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Mixture(Redistribution):
     def __post_init__(self) -> None:
         """Refuse weights that do not sum to 1."""
         given: Any = self.parts
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise ValueError(f"parts is {given!r}; give redistributions with weights, such as {{Attention(): 1.0}}")
         object.__setattr__(self, "parts", self.of(given).parts if isinstance(given, Mapping) else tuple(given))
         if not self.parts:
             raise ValueError("parts is empty; give redistributions with weights that sum to 1")
@@ -93,9 +96,18 @@ class Mixture(Redistribution):
         """Whether all parts are."""
         return all(getattr(part.redistribution, "causal", False) for part in self.parts)
 
+    @property
+    def weight(self) -> float:
+        """What the parts spread together."""
+        return math.fsum(part.weight * _weight_of(part.redistribution) for part in self.parts)
+
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
-        """Mix what the parts pay, those parts of it included that they leave at the end."""
-        return self(rollout, scores)
+        """Mix what the parts spread, without what they leave at the end."""
+        spread = torch.zeros(rollout.response_mask.shape, device=rollout.response_mask.device)
+        for part in self.parts:
+            shares, weight = shares_of(part.redistribution, rollout, scores)
+            spread = spread + part.weight * weight * shares
+        return spread / (self.weight or 1.0)
 
     def __call__(
         self, rollout: Rollout, scores: Scores, *, gamma: float = 1.0, steps: Int[Tensor, "B T"] | None = None
@@ -112,8 +124,10 @@ class Mixture(Redistribution):
 class Shuffled(Redistribution):
     """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
 
-    The part that stays on the last token stays there. The permutation is a function of the seed and of the row's tokens
-    (`permutations`). Retrospective: a token's place is drawn for the whole response at once.
+    The part that stays on the last token stays there, also where a mixture leaves it; so of `Terminal`
+    nothing moves. The permutation is a function of
+    the seed and of the row's tokens (`permutations`). Retrospective: a token's place is drawn for the whole response at
+    once.
 
     With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
     discounted sum is gamma^(n-1) times its sum. For `PrefixDifference` that is gamma^(n-1) * (R - beta * p_0), while
@@ -143,11 +157,14 @@ class Shuffled(Redistribution):
     @property
     def weight(self) -> float:
         """The weight of the inner redistribution; a callable of a user's is permuted whole."""
-        return self.inner.weight if isinstance(self.inner, Redistribution) else 1.0
+        return _weight_of(self.inner)
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Permute the inner shares over the valid tokens."""
-        inner = self.inner
-        shares = inner.shares(rollout, scores) if isinstance(inner, Redistribution) else place(inner, rollout, scores)
-        shares = shares.gather(1, permutations(rollout, self.seed))
-        return zero_outside(shares, rollout.response_mask)
+        shares, _ = shares_of(self.inner, rollout, scores)
+        return zero_outside(shares.gather(1, permutations(rollout, self.seed)), rollout.response_mask)
+
+
+def _weight_of(redistribution: Redistribution | Callable) -> float:
+    """The part of the score that is spread: of a callable of a user's, all."""
+    return redistribution.weight if isinstance(redistribution, Redistribution) else 1.0

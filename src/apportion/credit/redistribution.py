@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.batch import NOTHING, Needs, Rollout, Scores
+from apportion.checks import check_instance, check_unit_interval
 from apportion.masked import is_last, ranks, zero_outside
 
 
@@ -80,6 +81,8 @@ class Redistribution(ABC):
         """
         self._check(rollout, scores)
         mask = rollout.response_mask
+        if self.weight == 0.0:
+            return at_end(scores.scores, mask)
         spread = self.shares(rollout, scores) * _discount_to_end(mask, gamma, steps)
         if self.weight == 1.0:
             return spread
@@ -137,13 +140,37 @@ def needs_of(redistribution: Redistribution | Callable) -> Needs:
     return getattr(redistribution, "needs", NOTHING)
 
 
+def shares_of(
+    redistribution: Redistribution | Callable, rollout: Rollout, scores: Scores
+) -> tuple[Float[Tensor, "B T"], float]:
+    """Ask a redistribution what it spreads, apart from what it leaves on the last token.
+
+    Args:
+        redistribution: Of ours; or any callable, of which all that it pays is taken for spread.
+        rollout: The responses.
+        scores: Their scores, with what the redistribution needs.
+
+    Returns:
+        shares: (B, T) float32. How much of the score each token earned, before mixing and discounting.
+        weight: The part of the score that is spread.
+
+    Raises:
+        ValueError: If `scores` lacks what the redistribution needs, or a callable answers in another form.
+    """
+    if not isinstance(redistribution, Redistribution):
+        return place(redistribution, rollout, scores), 1.0
+    redistribution._check(rollout, scores)
+    return redistribution.shares(rollout, scores), redistribution.weight
+
+
 def check_redistribution(redistribution: object) -> None:
     """Refuse what cannot be called as a redistribution, before any work.
 
     Raises:
-        ValueError: If it is not callable as `redistribution(rollout, scores, gamma=..., steps=...)`, or its `needs` are
-            of another kind.
+        ValueError: If it is a class or its name, or not callable as `redistribution(rollout, scores, gamma=...,
+            steps=...)`, or its `needs` are of another kind.
     """
+    check_instance("redistribution", redistribution)
     name = getattr(redistribution, "__name__", type(redistribution).__name__)
     try:
         if not callable(redistribution):
@@ -192,8 +219,7 @@ def check_beta(beta: float) -> None:
     Raises:
         ValueError: If it lies outside [0, 1].
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; choose a number in [0, 1], the part of the score that is spread")
+    check_unit_interval("beta", beta, "the part of the score that is spread")
 
 
 @dataclass(frozen=True)
@@ -204,6 +230,11 @@ class Terminal(Redistribution):
     def causal(self) -> bool:
         """True."""
         return True
+
+    @property
+    def weight(self) -> float:
+        """Nothing is spread."""
+        return 0.0
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Give everything to the last valid token."""

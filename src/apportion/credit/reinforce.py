@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.checks import check_unit_interval
 from apportion.credit.advantages import AdvantageEstimator, Earnings, every_token, gae
 from apportion.credit.groups import Groups, check_group_size, of_responses
 
@@ -43,8 +44,7 @@ class ReinforcePlusPlus(AdvantageEstimator):
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         check_group_size(self.group_size, 1)
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}; choose a number in [0, 1]")
+        check_unit_interval("gamma", self.gamma)
         if self.per not in ("action", "token"):
             raise ValueError(f"per is {self.per!r}; choose 'action' or 'token'")
         if self.group_size > 1 and self.gamma != 1.0:

@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.batch import Rollout
+from apportion.checks import check_instance, is_number, is_whole
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.mean_rises import mean_rises
 from apportion.credit.row_keys import check_seed, orders, row_keys
@@ -26,15 +26,8 @@ from apportion.masked import Packing
 
 def check_whole(name: str, number: object) -> None:
     """Refuse what cannot count tokens: 2.5 would close an action nowhere, True would pass for 1."""
-    if not isinstance(number, Integral) or isinstance(number, bool):
+    if not is_whole(number):
         raise ValueError(f"{name} is {number!r}, which counts no tokens; give a whole number, such as 5")
-
-
-def check_instance(name: str, value: object) -> None:
-    """Refuse a name or a class where one of its instances belongs."""
-    if isinstance(value, str | type):
-        kind = value if isinstance(value, str) else value.__name__
-        raise ValueError(f"{name} is {value!r}; give an instance, {kind}(...)")
 
 
 def check_condition(name: str, condition: object) -> None:
@@ -281,7 +274,7 @@ class Entropy(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse what is no entropy."""
-        if not (isinstance(self.threshold, Real) and self.threshold >= 0):
+        if not (is_number(self.threshold) and self.threshold >= 0):
             raise ValueError(f"threshold is {self.threshold!r}; choose a number of at least 0, in nats, such as 1.75")
 
     @property
@@ -318,7 +311,7 @@ class LowProbability(TerminationCondition):
 
     def __post_init__(self) -> None:
         """Refuse what is no probability."""
-        if not (isinstance(self.threshold, Real) and 0 <= self.threshold <= 1):
+        if not (is_number(self.threshold) and 0 <= self.threshold <= 1):
             raise ValueError(f"threshold is {self.threshold!r}; choose a probability in [0, 1], such as 0.2")
 
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:

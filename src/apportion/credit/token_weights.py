@@ -10,7 +10,7 @@ from torch import Tensor
 from apportion.batch import Rollout, Scores
 from apportion.credit.macro_actions import MacroActions
 from apportion.credit.mixture import Mixture
-from apportion.credit.redistribution import Redistribution, place
+from apportion.credit.redistribution import Redistribution, shares_of
 from apportion.masked import is_last, zero_outside
 
 
@@ -50,11 +50,7 @@ def token_weights(
         weights = [p.weight * token_weights(p.redistribution, rollout, scores, ids) for p in redistribution.parts]
         return torch.stack(weights).sum(0)
     mask, unit = rollout.response_mask, replace(scores, scores=torch.ones_like(scores.scores, dtype=torch.float32))
-    if isinstance(redistribution, Redistribution):
-        redistribution._check(rollout, scores)
-        shares, weight = redistribution.shares(rollout, unit), redistribution.weight
-    else:
-        shares, weight = place(redistribution, rollout, unit), 1.0
+    shares, weight = shares_of(redistribution, rollout, unit)
     shares = zero_outside(shares, mask).clamp(min=0)
     total, count = shares.sum(1, keepdim=True), mask.sum(1, keepdim=True)
     before_end = torch.where(is_last(mask), 0, shares).sum(1, keepdim=True)

@@ -24,9 +24,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from apportion.batch import AttentionRequest
+from apportion.models import hidden_states
 from apportion.score.attention_row import attention_row, check_heads, head_mean, mask_row, take_queries
 
 _CAPTURE = "_apportion_captured"
+_EAGER = "load the model with attn_implementation='eager', or write that into its config.json"
 _FULL_ATTENTION = ("full_attention", "global")
 _lock = threading.Lock()
 
@@ -46,7 +48,7 @@ class Captured(ABC):
         if self._weights is None:
             raise RuntimeError(
                 "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
-                "run, its attention layer bypasses the registered function: load it with attn_implementation='eager'"
+                f"run, its attention layer bypasses the registered function: {_EAGER}"
             )
         return self._weights
 
@@ -232,15 +234,26 @@ def capturing(model: nn.Module, captured: Captured, layer: int | None) -> Iterat
 
 
 def check_request(model: nn.Module, request: AttentionRequest) -> None:
-    """Refuse a request for attention that a model does not have, before it runs.
+    """Refuse a request for attention that a model does not have, or does not show, after a trial on two tokens.
 
     Raises:
-        ValueError: If there is no such layer, or no such head in it; it names those that there are.
+        ValueError: If there is no such layer, or no such head in it; it names those that there are. If the layer's
+            attention cannot be seen, or the model drops out.
     """
     attention = find_attention(model, request.layer)
     count = getattr(getattr(attention, "config", None), "num_attention_heads", None)
     if isinstance(count, int):
         check_heads(request.heads, count)
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    ids = torch.arange(2, device=device)[None]
+    try:
+        with torch.no_grad(), capture_row(model, torch.ones_like(ids[0, :1]), request.layer, request.heads) as captured:
+            hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        _ = captured.row
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
@@ -398,8 +411,6 @@ def _keep_maps(captured: Captured, module: nn.Module, _inputs: Any, output: Any)
     """Keep what is wanted of the maps that an attention layer returns, and drop the maps."""
     result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
     if not isinstance(maps, Tensor) or maps.dim() != 4:
-        raise RuntimeError(
-            f"{type(module).__name__} returned no attention map: load the model with attn_implementation='eager'"
-        )
+        raise RuntimeError(f"{type(module).__name__} returned no attention map: {_EAGER}")
     captured.keep(maps)
     return (result, None, *rest)

@@ -22,7 +22,7 @@ from apportion.models import Policy, hidden_states
 from apportion.rollout import trim, widths
 from apportion.sampling import Sampling
 from apportion.score.attention import find_attention
-from apportion.score.attention_columns import capture_attention, queries_of
+from apportion.score.attention_columns import capture_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ def read_policy(
                 found = policy(*text, sampling, whole=True)
             else:
                 found = _run(policy, text, request)
-        seen = response_mask & queries_of(request, answer).any(1, keepdim=True)
-        return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), found
+        # A row without a query is read at its first column, which sees no response.
+        return torch.where(response_mask, captured.weights[:, prompt_mask.shape[1] :], 0), found
 
     with torch.no_grad():
         lengths = widths(rollout.prompt_mask, rollout.response_mask)

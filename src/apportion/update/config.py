@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Self
 
+from apportion.checks import is_number, is_whole
 from apportion.update.aggregation import AGGREGATIONS, Aggregation
 from apportion.update.losses import Clip, Granularity, aggregation_of
 
@@ -56,16 +57,16 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         for name in ("num_ppo_epochs", "num_mini_batches", "micro_batch_tokens"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}; choose at least 1")
+            if not (is_whole(value := getattr(self, name)) and value >= 1):
+                raise ValueError(f"{name} is {value!r}; choose a whole number of at least 1")
         for name in ("cliprange", "cliprange_high", "cliprange_value", "vf_coef", "max_grad_norm", "target_kl"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; choose a positive number")
+            if value is not None and not (is_number(value) and value > 0):
+                raise ValueError(f"{name} is {value!r}; choose a positive number")
         if self.vf_coef == inf:
             raise ValueError("vf_coef is inf; choose a finite number")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; choose at least 0")
+        if not (is_whole(self.max_skipped_steps) and self.max_skipped_steps >= 0):
+            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps!r}; choose a whole number of at least 0")
         if self.ratio not in ("token", "macro", "macro_mean"):
             raise ValueError(f"ratio is {self.ratio!r}; choose 'token', 'macro' or 'macro_mean'")
         if self.clip not in ("pooled", "token"):
