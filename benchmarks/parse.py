@@ -68,6 +68,7 @@ CONDITIONS = (
     Delimiter(r"\n"),
     Delimiter(r"\. "),
     Delimiter(r"[.!?](?=\s)"),
+    Delimiter(r"\s"),
     ShuffledBoundaries(FixedNgram()),
     ShuffledBoundaries(Perplexity()),
     WholeResponse(),

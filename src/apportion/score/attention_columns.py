@@ -136,13 +136,13 @@ def capture_attention(
         ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input.
         RuntimeError: If the model drops out, or this layer is being captured already.
     """
-    rows = queries_of(request, answer)
+    rows = _queries_of(request, answer)
     if request.row == "mean":
         return capture_columns(model, rows, request.layer, request.heads)
     return capture_row(model, last_index(rows).clamp(min=0), request.layer, request.heads)
 
 
-def queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
+def _queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
     """Mark the queries of a response that may be averaged: all, or all but the last.
 
     Args:
