@@ -69,6 +69,8 @@ CONDITIONS = (
     Delimiter(r"\. "),
     Delimiter(r"[.!?](?=\s)"),
     Delimiter(r"\s"),
+    Delimiter(r"\w+"),
+    Delimiter(r"Step \d+:|[.!?] "),
     ShuffledBoundaries(FixedNgram()),
     ShuffledBoundaries(Perplexity()),
     WholeResponse(),

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion import Delimiter, Rollout, macro_ids
+from apportion.batch import ResponseTexts
+from apportion.credit.characters import Characters
 from batches import mask_of, padded, spoiled, without_type_checks
 from texts import sizes, with_spans, written
 
@@ -50,9 +52,42 @@ def slow(rollout: Rollout, pattern: str, row: int) -> list[bool]:
     return [t in holders or t == len(spans) - 1 for t in range(len(spans))]
 
 
+SETS = [
+    r"\s", r"\S", r"\w", r"\W+", r"\d", r"\D+", ".", ".+", "[ab]", "[^ab]", "[^ab]+", r"[\].\n]", "[.-a]+", r"[\s.]+",
+    "[$^]", r"[.$](?=\s)", ".(?=[ab])", r"\S(?=.)", "a", r"\.", r"\n+", "é+", r"\$(?=a)", "a(?=b)", r"\^(?=\])",
+    "😀", "-", " ", "\n", " +", ".(?= )",
+]  # fmt: skip
+ENGINE = [
+    "a|b", "[ab]*", "[ab]?", "[ab]{2}", "[ab]++", "[]a]", "[^]a]", "[a[]", "[ab][ab]", "ab", "]", r"\b", "^", "$",
+    "(?i)[a]", "(.)", ".+(?=a)", ".(?!a)", ".(?<=a)", r"\\s", r"\x41", r"\101", r"\A", ".(?=a|b)", ".(?=a+)", "e\u0301",
+    "(?=a)",
+]  # fmt: skip
+
+
+@given(
+    text=st.text(st.sampled_from("ab]^[.-$ \n\r\t\0\x85é\u2028٣😀\ud800"), max_size=30), pattern=st.sampled_from(SETS)
+)
+def test_a_set_of_characters_is_found_where_the_engine_finds_it(text: str, pattern: str) -> None:
+    characters = Characters.of(pattern)
+    assert characters is not None
+    rows = (text, "", text[::-1])
+    places = torch.arange(len(text))
+    spans = torch.stack([places, places + 1], 1)
+    found = characters.end_in(ResponseTexts(texts=rows, spans=torch.stack([spans, torch.zeros_like(spans), spans])))
+    for row, said in enumerate(rows):
+        ends = {match.end() - 1 for match in re.finditer(pattern, said)}
+        assert found[row].tolist() == [place in ends for place in range(len(text))]
+
+
+def test_only_a_set_of_characters_is_taken_for_one() -> None:
+    for pattern in ENGINE:
+        re.compile(pattern)
+        assert Characters.of(pattern) is None, pattern
+
+
 @given(
     drawn=st.lists(st.lists(st.sampled_from(["a", "b", ".", " ", "", "é", "ab.", "\n"]), max_size=9), max_size=4),
-    pattern=st.sampled_from(["a", r"\.", r"[ab]+\.?", r"\s", "ab", "(?<=a)b"]),
+    pattern=st.sampled_from(["a", r"\.", r"[ab]+\.?", r"\s", "ab", "(?<=a)b", *SETS]),
     left=st.integers(0, 3),
     right=st.integers(0, 3),
 )

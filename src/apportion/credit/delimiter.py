@@ -3,12 +3,14 @@
 import re
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.batch import ResponseTexts, Rollout
+from apportion.credit.characters import Characters
 from apportion.credit.termination import TerminationCondition
 
 
@@ -58,8 +60,14 @@ class Delimiter(TerminationCondition):
         """Mark the tokens that end a match, and the last valid token."""
         self.check(rollout)
         assert rollout.text is not None  # checked above; for the type checker
-        mask = rollout.response_mask
-        return mask & _hold(rollout.text, self._ends(rollout.text.texts)) | rollout.packing.last
+        text, mask = rollout.text, rollout.response_mask
+        ends = _hold(text, self._ends(text.texts)) if self._characters is None else self._characters.end_in(text)
+        return mask & ends | rollout.packing.last
+
+    @cached_property
+    def _characters(self) -> Characters | None:
+        """The pattern, where it is a set of characters."""
+        return Characters.of(self.pattern)
 
     def _ends(self, texts: tuple[str, ...]) -> Int[Tensor, "B M"]:
         """List where matches end, one after the last character of each; behind the last of a row stands 0."""

@@ -1,0 +1,87 @@
+r"""Where characters of a kind end macro actions: `\s`, `\w+` or `[.!?](?=\s)` in all texts at once, by a table.
+
+A regular expression that is one character, or a run of such, needs no engine: of what kind a character is stands in a
+table. Where nearly every token ends a match, the engine of `re` would take several milliseconds to list them.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from apportion.batch import ResponseTexts
+
+# Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
+_SET = r"(\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
+_PATTERN = re.compile(rf"{_SET}(?:(\+)|\(\?={_SET}\))?", re.DOTALL)
+_MEMBER, _NEXT, _UNKNOWN = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Characters:
+    """A kind of characters, each of which is a match, or each run of them, or each before one of another kind.
+
+    Attributes:
+        kind: A regular expression that matches one character, whatever stands around it.
+        runs: Whether a match reaches as far as it can.
+        following: The kind that has to follow, which a match leaves out; None where any may, or the end.
+    """
+
+    kind: str
+    runs: bool
+    following: str | None
+
+    @classmethod
+    def of(cls, pattern: str) -> "Characters | None":
+        """Recognise a regular expression that is no more than this; None for any other."""
+        found = _PATTERN.fullmatch(pattern)
+        return None if found is None else cls(found[1], bool(found[2]), found[3])
+
+    def end_in(self, text: ResponseTexts) -> Bool[Tensor, "B T"]:
+        """Mark the tokens that hold the last character of a match: of those that share it, the last.
+
+        Args:
+            text: B responses of T tokens.
+
+        Returns:
+            (B, T) bool.
+        """
+        begins = text.begins
+        lengths = torch.tensor([*map(len, text.texts)], dtype=torch.long)
+        stops = lengths.cumsum(0)
+        kinds = self._kinds("".join(text.texts) + "\0")
+        ends = (kinds & _MEMBER).bool()
+        if self.runs or self.following is not None:
+            followed = (kinds & (_MEMBER if self.runs else _NEXT)).bool().roll(-1)
+            followed[stops - 1] = False  # what follows the last character of a text is another one's
+            ends &= ~followed if self.runs else followed
+        before = torch.nn.functional.pad(ends.cumsum(0, dtype=torch.int32), (1, 0))
+        before, lengths, stops = (x.to(begins.device, non_blocking=True) for x in (before, lengths, stops))
+        starts = (stops - lengths)[:, None]
+        places = torch.cat([starts + torch.minimum(begins, lengths[:, None]), stops[:, None]], 1)
+        counts = before[places]
+        return counts[:, 1:] > counts[:, :-1]
+
+    def _kinds(self, text: str) -> Int[Tensor, " N"]:
+        """Tell of each character what it is: a member, or one that may follow, or both."""
+        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
+        found = self._known.index_select(0, codes)
+        if found.amax() == _UNKNOWN:
+            new = sorted(set(text))
+            self._known[torch.tensor([*map(ord, new)])] = torch.tensor([*map(self._kind, new)], dtype=torch.int8)
+            found = self._known.index_select(0, codes)
+        return found
+
+    def _kind(self, character: str) -> int:
+        member = re.fullmatch(self.kind, character) is not None
+        follows = self.following is not None and re.fullmatch(self.following, character) is not None
+        return _MEMBER * member + _NEXT * follows
+
+    @cached_property
+    def _known(self) -> Int[Tensor, " N"]:
+        """What has been found out of each character there is."""
+        return torch.full((sys.maxunicode + 1,), _UNKNOWN, dtype=torch.int8)
