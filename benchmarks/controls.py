@@ -393,7 +393,7 @@ def main() -> None:
     parser.add_argument("--start", help="report on the runs of this start (a fingerprint), and run nothing")
     parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     arguments = parser.parse_args()
-    start_print = arguments.start or run_all(arguments)
+    start_print = run_all(arguments) if arguments.start is None else arguments.start
     starts = read_starts()
     if start_print not in starts:
         parser.error(f"{RECORDS.name} has no runs of the start {start_print!r}, only of {', '.join(starts)}")

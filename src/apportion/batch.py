@@ -149,7 +149,7 @@ def heads_of(heads: object) -> tuple[int, ...] | None:
     if heads is None:
         return None
     listed = tuple(heads) if isinstance(heads, Iterable) else ()
-    numbers = tuple(head for head in listed if is_whole(head) and head >= 0)
+    numbers = tuple(int(head) for head in listed if is_whole(head) and head >= 0)
     if not numbers or len({*numbers}) < len(listed):
         raise ValueError(f"heads is {heads!r}; list heads from 0, each once, or None for all")
     return numbers

@@ -75,9 +75,9 @@ def masked_whiten(
 ) -> Float[Tensor, "*shape"]:
     """Shift and scale `x` to mean 0 and variance 1 over the mask; 0 outside of it.
 
-    Values that are all within `ROUNDING` of their mean, in units of it, are equal but for the rounding of the sums that
-    they came from: they give 0, where to scale rounding would be to learn from it. Where one is not finite, or is too
-    large to be squared, none of the answers is finite.
+    Values whose deviation is within `ROUNDING` of their mean, in units of it, and of which none is further away than
+    four times that, are equal but for the rounding of the sums that they came from: they give 0, where to scale
+    rounding would be to learn from it. Where one is not finite, or is too large to be squared, none of the answers is.
 
     Args:
         x: (...) float. Any values; what lies outside the mask has no effect.
@@ -90,11 +90,11 @@ def masked_whiten(
     """
     mean = masked_mean(x, mask, reduce=reduce)
     centred = torch.where(mask, x.float() - mean, 0)
-    apart = mask & ~(centred.abs() <= ROUNDING * mean.abs())  # NaN is
+    apart = mask & ~(centred.abs() <= 4 * ROUNDING * mean.abs())  # NaN is
     total, count, outside = reduce(torch.stack([t.float().sum() for t in (centred.square(), mask, apart)]))
     variance = total / (count - 1).clamp(min=1)
     scale = torch.where(variance.isfinite(), torch.rsqrt(variance + eps), torch.nan)
-    equal = (outside == 0) & variance.isfinite()
+    equal = (outside == 0) & (variance <= (ROUNDING * mean) ** 2) & variance.isfinite()
     return torch.where(mask & ~equal, (x.float() - mean) * scale, 0)
 
 

@@ -1,5 +1,6 @@
 """Where a regular expression closes an action."""
 
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,6 +78,19 @@ def test_a_set_of_characters_is_found_where_the_engine_finds_it(text: str, patte
     for row, said in enumerate(rows):
         ends = {match.end() - 1 for match in re.finditer(pattern, said)}
         assert found[row].tolist() == [place in ends for place in range(len(text))]
+
+
+def test_what_is_known_of_characters_outlasts_inference_and_other_devices() -> None:
+    condition = Delimiter(r"[\sq]")
+    with torch.inference_mode():
+        assert parts(condition, "a", " ", "b") == ["a ", "b"]
+    assert parts(condition, "c", "q", "d", " ") == ["cq", "d "]
+    rollout = written(["x", " ", "y"])
+    with torch.device("meta"):
+        closes = condition(rollout)
+    assert closes.tolist() == [[False, True, True]]
+    assert pickle.loads(pickle.dumps(condition)) == condition
+    assert len(pickle.dumps(condition)) < 1000
 
 
 def test_only_a_set_of_characters_is_taken_for_one() -> None:

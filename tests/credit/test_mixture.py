@@ -29,6 +29,7 @@ from apportion import (
 )
 from apportion.batch import rows
 from apportion.credit.redistribution import place
+from apportion.credit.token_weights import token_weights
 from apportion.parsing.parsers import Stanza
 from apportion.parsing.reviews import trees
 from batches import mask_of_lengths, random_rollout, random_scores, without_type_checks
@@ -104,6 +105,18 @@ def test_a_shuffled_mixture_permutes_what_its_parts_spread_and_leaves_the_rest_a
         assert not torch.equal(shuffled, half(rollout, scores, gamma=gamma))
     nothing = Shuffled(Mixture.of({Terminal(): 0.6, Attention(beta=0.0): 0.4}))(rollout, scores, gamma=gamma)
     torch.testing.assert_close(nothing, Terminal()(rollout, scores), atol=0, rtol=1e-6)
+
+
+def test_a_row_whose_shares_all_lie_on_its_last_token_is_left_alone() -> None:
+    mask = mask_of_lengths(6, 6, 6)
+    rollout = random_rollout(mask)
+    attention = torch.tensor([[0.0] * 6, [0, 0, 0, 0, 0, 2.0], [0, 2.0, 0, 0, 0, 0]])
+    scores = replace(random_scores(mask), attention=attention, scores=torch.ones(3))
+    found = torch.stack([Shuffled(Attention(beta=0.8), seed=seed)(rollout, scores) for seed in range(20)])
+    torch.testing.assert_close(found[:, :2], Terminal()(rollout, scores)[:2].expand(20, -1, -1))
+    assert len({int(place) for place in (found[:, 2] == 0.8).int().argmax(1)}) > 3
+    weights = token_weights(Shuffled(Attention(beta=0.8)), rollout, scores, torch.arange(6).expand(3, -1))
+    torch.testing.assert_close(weights[:2], torch.ones(2, 6))
 
 
 def test_a_mixture_says_what_it_spreads_apart_from_what_it_leaves_at_the_end() -> None:

@@ -292,10 +292,10 @@ def test_shuffles_are_even_and_differ_between_seeds() -> None:
     rollout = random_rollout(mask_of_lengths(*[4] * 4000))
     ones = Scores(scores=torch.ones(4000))
 
-    def all_at_the_end(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
-        return at_end(scores.scores, rollout.response_mask)
+    def all_at_the_first(rollout: Rollout, scores: Scores, **_: Any) -> Tensor:
+        return at_end(scores.scores, rollout.response_mask.flip(1)).flip(1)
 
-    first, second = (Shuffled(inner=all_at_the_end, seed=seed)(rollout, ones) for seed in (0, 1))
+    first, second = (Shuffled(inner=all_at_the_first, seed=seed)(rollout, ones) for seed in (0, 1))
     assert ((first.sum(0) - 1000) ** 2 / 1000).sum() < 16.3
     assert 800 < (first * second).sum() < 1200  # the same place by chance in one row of four
 

@@ -72,12 +72,13 @@ def test_the_attention_is_that_of_eager_maps_of_each_text_alone(family: str, leg
         torch.testing.assert_close(found[b], wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
 @pytest.mark.parametrize("mode", ["mean", "last"])
-def test_a_response_whose_only_token_is_no_query_has_no_attention(mode: Any) -> None:
+def test_a_response_whose_only_token_is_no_query_has_no_attention(family: str, mode: Any) -> None:
     request = PolicyAttention(mode=mode, legacy_shift=True).needs.policy_attention
     assert request is not None
     for logprobs in ("last", "all", None):
-        found = read(Policy(causal("llama"), (EOS,)), rollout_of(), request, logprobs=logprobs).attention
+        found = read(Policy(causal(family), (EOS,)), rollout_of((4, 2, 1, 1)), request, logprobs=logprobs).attention
         assert found[2].tolist() == [0.0] * 8
         assert found[0, 0] > 0
 
@@ -146,7 +147,7 @@ def test_of_groups_the_last_alone_runs_the_head_and_keeps_its_graph() -> None:
 
 
 UP_TO = [("llama", 0), ("llama", 1), ("qwen3_next", 1), ("gptj", 0), ("bloom", 1)]
-COMPILED = [("llama", 1), ("gptj", 0)]  # Bloom's own code warns while it is compiled
+COMPILED = [("llama", 0), ("llama", 1), ("gptj", 0), ("gptj", 1)]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,11 @@ def test_for_its_attention_alone_a_model_is_run_no_further(family: str, layer: i
     assert torch.equal(alone.attention, whole.attention)
     assert {name.split(".")[-2] for name in ran} == {str(number) for number in range(layer)}
     assert [len(module._forward_hooks) for module in policy.modules()] == hooks
+    ran.clear()  # what was compiled while the model was left early does not leave it afterwards
+    again = read(policy, rollout, AttentionRequest(row="mean", layer=layer), logprobs="all", budget=20)
+    assert again.logprobs is not None
+    torch.testing.assert_close(again.logprobs, whole.logprobs)
+    assert len({name.split(".")[-2] for name in ran}) == 2
 
 
 def test_another_layer_and_other_heads_are_other_attention() -> None:

@@ -6,8 +6,8 @@ table. Where nearly every token ends a match, the engine of `re` would take seve
 
 import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +19,8 @@ from apportion.batch import ResponseTexts
 _SET = r"(\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
 _PATTERN = re.compile(rf"{_SET}(?:(\+)|\(\?={_SET}\))?", re.DOTALL)
 _MEMBER, _NEXT, _UNKNOWN = 1, 2, 4
+# What has been found out of each character there is, for each kind.
+_TABLES: defaultdict["Characters", bytearray] = defaultdict(lambda: bytearray([_UNKNOWN]) * (sys.maxunicode + 1))
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Characters:
             (B, T) bool.
         """
         begins = text.begins
-        lengths = torch.tensor([*map(len, text.texts)], dtype=torch.long)
+        lengths = torch.tensor([*map(len, text.texts)], dtype=torch.long, device="cpu")
         stops = lengths.cumsum(0)
         kinds = self._kinds("".join(text.texts) + "\0")
         ends = (kinds & _MEMBER).bool()
@@ -69,19 +71,16 @@ class Characters:
     def _kinds(self, text: str) -> Int[Tensor, " N"]:
         """Tell of each character what it is: a member, or one that may follow, or both."""
         codes = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
-        found = self._known.index_select(0, codes)
+        table = _TABLES[self]
+        known = torch.frombuffer(table, dtype=torch.int8)
+        found = known.index_select(0, codes)
         if found.amax() == _UNKNOWN:
-            new = sorted(set(text))
-            self._known[torch.tensor([*map(ord, new)])] = torch.tensor([*map(self._kind, new)], dtype=torch.int8)
-            found = self._known.index_select(0, codes)
+            for character in set(text):
+                table[ord(character)] = self._kind(character)
+            found = known.index_select(0, codes)
         return found
 
     def _kind(self, character: str) -> int:
         member = re.fullmatch(self.kind, character) is not None
         follows = self.following is not None and re.fullmatch(self.following, character) is not None
         return _MEMBER * member + _NEXT * follows
-
-    @cached_property
-    def _known(self) -> Int[Tensor, " N"]:
-        """What has been found out of each character there is."""
-        return torch.full((sys.maxunicode + 1,), _UNKNOWN, dtype=torch.int8)

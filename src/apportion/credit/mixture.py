@@ -15,7 +15,7 @@ from apportion.batch import Needs, Rollout, Scores
 from apportion.checks import is_number
 from apportion.credit.redistribution import Redistribution, check_redistribution, needs_of, place, shares_of
 from apportion.credit.row_keys import check_seed, permutations
-from apportion.masked import zero_outside
+from apportion.masked import is_last, zero_outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ class Mixture(Redistribution):
 class Shuffled(Redistribution):
     """Permute what another redistribution spreads, inside each row: the control that keeps all but the places.
 
-    The part that stays on the last token stays there, also where a mixture leaves it; so of `Terminal`
-    nothing moves. The permutation is a function of
-    the seed and of the row's tokens (`permutations`). Retrospective: a token's place is drawn for the whole response at
+    The part that stays on the last token stays there, also where a mixture leaves it, and so do the shares of a row
+    that all lie there: those of `Terminal`, or of attention where there is none. The permutation is a function of the
+    seed and of the row's tokens (`permutations`). Retrospective: a token's place is drawn for the whole response at
     once.
 
     With gamma < 1 the shares are permuted before they are discounted to the end, as those of `Attention` are: a row's
@@ -161,8 +161,9 @@ class Shuffled(Redistribution):
 
     def shares(self, rollout: Rollout, scores: Scores) -> Float[Tensor, "B T"]:
         """Permute the inner shares over the valid tokens."""
-        shares, _ = shares_of(self.inner, rollout, scores)
-        return zero_outside(shares.gather(1, permutations(rollout, self.seed)), rollout.response_mask)
+        mask, (shares, _) = rollout.response_mask, shares_of(self.inner, rollout, scores)
+        spread = (mask & ~is_last(mask) & (shares != 0)).any(1, keepdim=True)
+        return zero_outside(torch.where(spread, shares.gather(1, permutations(rollout, self.seed)), shares), mask)
 
 
 def _weight_of(redistribution: Redistribution | Callable) -> float:

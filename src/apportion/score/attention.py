@@ -14,7 +14,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,9 +33,22 @@ _FULL_ATTENTION = ("full_attention", "global")
 _lock = threading.Lock()
 
 
-class Captured(ABC):
-    """What a capture reads of one attention layer; empty until the model has run under it."""
+class Unseen(RuntimeError):
+    """The attention of a model cannot be read."""
 
+
+class _Seen(Exception):
+    """Leaves a model whose attention has been read."""
+
+
+class Captured(ABC):
+    """What a capture reads of one attention layer; empty until the model has run under it.
+
+    Attributes:
+        leaves: Whether the model is left as soon as the layer has been read, where nothing else is asked of it.
+    """
+
+    leaves: bool = False
     _weights: Tensor | None = None
 
     @property
@@ -46,7 +59,7 @@ class Captured(ABC):
             RuntimeError: If the chosen attention layer has not run under the capture.
         """
         if self._weights is None:
-            raise RuntimeError(
+            raise Unseen(
                 "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
                 f"run, its attention layer bypasses the registered function: {_EAGER}"
             )
@@ -73,12 +86,17 @@ class Captured(ABC):
             options: The other keyword arguments of the call.
             result: What the function returned, with or without its maps.
         """
-        self._weights = self.of_call(module, query, key, mask, options, _maps_of(result, query, key))
+        self._take(self.of_call(module, query, key, mask, options, _maps_of(result, query, key)))
 
     @torch.no_grad()
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
         """Take the weights from full maps that an eager layer has formed anyway."""
-        self._weights = self.of_maps(maps)
+        self._take(self.of_maps(maps))
+
+    def _take(self, weights: Float[Tensor, "B K"]) -> None:
+        self._weights = weights
+        if self.leaves:
+            raise _Seen
 
     @abstractmethod
     def of_call(
@@ -227,7 +245,7 @@ def capturing(model: nn.Module, captured: Captured, layer: int | None) -> Iterat
     # An attribute of the module, not a context variable: torch.compile guards on the one and cannot trace the other.
     setattr(attention, _CAPTURE, captured)
     try:
-        with _listening(attention, captured):
+        with suppress(_Seen), _listening(attention, captured):
             yield
     finally:
         delattr(attention, _CAPTURE)
@@ -247,12 +265,12 @@ def check_request(model: nn.Module, request: AttentionRequest) -> None:
     device = next(model.parameters()).device
     if device.type == "meta":
         return
-    ids = torch.arange(2, device=device)[None]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
         with torch.no_grad(), capture_row(model, torch.ones_like(ids[0, :1]), request.layer, request.heads) as captured:
             hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))
         _ = captured.row
-    except RuntimeError as error:
+    except Unseen as error:
         raise ValueError(str(error)) from error
 
 
@@ -290,7 +308,7 @@ def _refuse_dropout(model: nn.Module) -> None:
         if module.training and any(
             isinstance(rate, float) and rate > 0 and (named or "drop" in name) for name, rate in rates.items()
         ):
-            raise RuntimeError(
+            raise Unseen(
                 f"{type(module).__name__} drops out, which would thin the row: call model.eval(), or set dropout to 0"
             )
 
@@ -327,7 +345,8 @@ def _listening(attention: nn.Module, captured: Captured) -> Iterator[None]:
         return
     handle = attention.register_forward_hook(functools.partial(_keep_maps, captured))
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not look for hooks that came later
+            yield
     finally:
         handle.remove()
 
@@ -406,11 +425,10 @@ def _restore(functions: MutableMapping[str, Any], name: str, function: Callable[
         functions[name] = function
 
 
-@torch.compiler.disable
 def _keep_maps(captured: Captured, module: nn.Module, _inputs: Any, output: Any) -> Any:
     """Keep what is wanted of the maps that an attention layer returns, and drop the maps."""
     result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
     if not isinstance(maps, Tensor) or maps.dim() != 4:
-        raise RuntimeError(f"{type(module).__name__} returned no attention map: {_EAGER}")
+        raise Unseen(f"{type(module).__name__} returned no attention map: {_EAGER}")
     captured.keep(maps)
     return (result, None, *rest)

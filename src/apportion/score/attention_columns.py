@@ -7,7 +7,7 @@ Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), ABC-D.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,31 +118,37 @@ def capture_columns(
         yield captured
 
 
+@contextmanager
 def capture_attention(
-    model: nn.Module, request: AttentionRequest, answer: Bool[Tensor, "B Q"]
-) -> AbstractContextManager[Captured]:
+    model: nn.Module, request: AttentionRequest, answer: Bool[Tensor, "B Q"], *, alone: bool = False
+) -> Iterator[Captured]:
     """Capture what a request asks for of queries of a response.
 
     Args:
         model: Any transformers model, also inside PEFT or another module.
         request: Layer, heads, and which queries; "read" and "last" are the last one that is given.
         answer: (B, Q) bool. Columns of `input_ids` that hold the response, as far as it is to be read.
+        alone: Whether nothing but the attention is asked for: the model is left, and with it the context, as soon as
+            the layer has been read.
 
-    Returns:
-        A context; in it the model's forward pass fills the `weights`, (B, K) float32, of what it yields. Without any
-        query they mean nothing.
+    Yields:
+        What the model's forward pass fills the `weights`, (B, K) float32, of. Without any query they mean nothing.
 
     Raises:
         ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input.
         RuntimeError: If the model drops out, or this layer is being captured already.
     """
-    rows = _queries_of(request, answer)
+    rows = queries_of(request, answer)
     if request.row == "mean":
-        return capture_columns(model, rows, request.layer, request.heads)
-    return capture_row(model, last_index(rows).clamp(min=0), request.layer, request.heads)
+        capture = capture_columns(model, rows, request.layer, request.heads)
+    else:
+        capture = capture_row(model, last_index(rows).clamp(min=0), request.layer, request.heads)
+    with capture as captured:
+        captured.leaves = alone
+        yield captured
 
 
-def _queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
+def queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
     """Mark the queries of a response that may be averaged: all, or all but the last.
 
     Args:

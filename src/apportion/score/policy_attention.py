@@ -8,9 +8,8 @@ the pass, not another one; otherwise the other rows are read once more, up to th
 Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which stores the maps of generation.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +20,7 @@ from apportion.microbatches import in_groups
 from apportion.models import Policy, hidden_states
 from apportion.rollout import trim, widths
 from apportion.sampling import Sampling
-from apportion.score.attention import find_attention
-from apportion.score.attention_columns import capture_attention
+from apportion.score.attention_columns import capture_attention, queries_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +73,15 @@ def read_policy(
         text = trim(*(x[group] for x in everything))
         prompt_mask, response_mask = text[1], text[3]
         answer = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1)
-        with capture_attention(policy, request, answer) as captured:
-            if logprobs == "all" or torch.is_grad_enabled():
+        with_logprobs = logprobs == "all" or torch.is_grad_enabled()
+        found = torch.zeros(response_mask.shape, device=response_mask.device)
+        with capture_attention(policy, request, answer, alone=not with_logprobs) as captured:
+            if with_logprobs:
                 found = policy(*text, sampling, whole=True)
             else:
-                found = _run(policy, text, request)
-        # A row without a query is read at its first column, which sees no response.
-        return torch.where(response_mask, captured.weights[:, prompt_mask.shape[1] :], 0), found
+                _run(policy, text)
+        seen = response_mask & queries_of(request, answer).any(1, keepdim=True)
+        return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), found
 
     with torch.no_grad():
         lengths = widths(rollout.prompt_mask, rollout.response_mask)
@@ -89,22 +89,7 @@ def read_policy(
     return PolicyReading(attention=attention, logprobs=None if logprobs is None else found)
 
 
-class _Seen(Exception):
-    """Leaves a model whose layer has been seen."""
-
-
-def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor], request: AttentionRequest) -> Tensor:
-    """Run the trunk up to the attention that is asked for; zeros, (N, W), for what the head would say."""
+def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Run the trunk alone."""
     inner = next(module for module in policy.modules() if isinstance(module, Policy))
-    # registered after the hook of a capture, if it is by a hook that the layer is read, so called after it
-    handle = find_attention(inner.model, request.layer).register_forward_hook(_leave)
-    try:
-        with suppress(_Seen):
-            hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))
-    finally:
-        handle.remove()
-    return torch.zeros(text[2].shape, device=text[2].device)
-
-
-def _leave(*_: Any) -> None:
-    raise _Seen
+    hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))

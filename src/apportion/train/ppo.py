@@ -132,8 +132,7 @@ class PPOTrainer:
         self.policy, self.critic = self.state.learners["policy"], self.state.learners.get("critic")
         self.termination = RunCondition(args.credit, self.tokenizer)
         self.reward = self._make_reward(reward_model, reward_tokenizer, reward_template)
-        if (request := needs_of(args.credit.redistribution).policy_attention) is not None:
-            check_request(policy_model, request)
+        self._check_attention(policy_model)
         self.evaluation = None
         if eval_prompts is not None and args.eval_steps:
             further = [FunctionReward(function, self.tokenizer, eval_prompts.columns) for function in eval_rewards]
@@ -239,6 +238,12 @@ class PPOTrainer:
             policy.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _check_attention(self, policy: nn.Module) -> None:
+        """Refuse a policy without the attention that credit follows, by a trial in the precision of the run."""
+        if (request := needs_of(self.args.credit.redistribution).policy_attention) is not None:
+            with self.accelerator.autocast():
+                check_request(policy, request)
+
     def _make_reward(
         self, reward: str | nn.Module | RewardFunction, tokenizer: PreTrainedTokenizerBase, template: Any
     ) -> Reward:
@@ -256,7 +261,8 @@ class PPOTrainer:
             budget=self.args.ppo.micro_batch_tokens,
             template=template,
         )
-        made.check(needs)
+        with self.accelerator.autocast():
+            made.check(needs)
         return made
 
     def _open(self) -> None:
