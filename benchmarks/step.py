@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Setting:
     aim: float = 1.03
 
 
+attention_setting = partial(Setting, peers=(), methods=("token PPO", "ABC-D"), blocks=6, aim=1.05)
 WHOLE, SMALL = Workload(), Workload(micro_rows=8)
 SETTINGS = {
     "float32": Setting(
@@ -113,37 +115,21 @@ SETTINGS = {
             Peer(name="TRL, all rows", work=replace(WHOLE, mean_length=20), time=0.8, memory=0.6),
         ),
     ),
-    "policy attention": Setting(
+    "policy attention": attention_setting(
         title="float32, the policy's attention from a pass that the update keeps",
         work=replace(WHOLE, micro_rows=64),  # the policy is given half as many rows at once
-        peers=(),
-        methods=("token PPO", "ABC-D"),
-        blocks=6,
-        aim=1.05,
     ),
-    "policy attention, parts": Setting(
+    "policy attention, parts": attention_setting(
         title="float32, the policy's attention from a pass of its own, for an update in two micro-batches",
         work=WHOLE,
-        peers=(),
-        methods=("token PPO", "ABC-D"),
-        blocks=6,
-        aim=1.05,
     ),
-    "policy attention, four parts": Setting(
+    "policy attention, four parts": attention_setting(
         title="float32, the policy's attention from passes of their own, for an update in four micro-batches",
         work=replace(WHOLE, micro_rows=16),
-        peers=(),
-        methods=("token PPO", "ABC-D"),
-        blocks=6,
-        aim=1.05,
     ),
-    "policy attention, minibatches": Setting(
+    "policy attention, minibatches": attention_setting(
         title="float32, the policy's attention from the pass before four minibatches",
         work=replace(WHOLE, mini_batches=4),
-        peers=(),
-        methods=("token PPO", "ABC-D"),
-        blocks=6,
-        aim=1.05,
     ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",

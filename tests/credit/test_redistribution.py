@@ -452,23 +452,23 @@ def test_weights_of_the_policy_without_mass_stay_at_the_end_and_are_counted(lega
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("kind", "settings", "message"),
     [
-        (lambda: PolicyAttention(mode="max"), "mode is 'max'; choose 'mean'"),  # type: ignore[arg-type]
-        (lambda: Attention(row="first"), "row is 'first'; choose 'read', 'last' or 'mean'"),  # type: ignore[arg-type]
-        (lambda: Attention(heads=()), r"heads is \(\); list heads from 0"),
-        (lambda: PolicyAttention(heads=(1, -1)), r"heads is \(1, -1\); list heads from 0"),
-        (lambda: Attention(heads=(1, 1)), r"heads is \(1, 1\); list heads from 0, each once"),
-        (lambda: PolicyAttention(heads=3), "heads is 3; list heads from 0"),  # type: ignore[arg-type]
-        (lambda: PolicyAttention(heads=(0, 0.5)), r"heads is \(0, 0\.5\); list heads"),  # type: ignore[arg-type]
-        (lambda: Attention(heads="0"), "heads is '0'; list heads"),  # type: ignore[arg-type]
-        (lambda: PolicyAttention(layer="last"), "layer is 'last'; give a whole number"),  # type: ignore[arg-type]
-        (lambda: Attention(layer=1.5), r"layer is 1\.5; give a whole number"),  # type: ignore[arg-type]
-        (lambda: PolicyAttention(legacy_shift="no"), "legacy_shift is 'no'; choose True"),  # type: ignore[arg-type]
-        (lambda: Attention(beta="x"), "beta is 'x'; choose a number in"),  # type: ignore[arg-type]
-        (lambda: Uniform(beta=True), "beta is True; choose a number in"),
+        (PolicyAttention, {"mode": "max"}, "mode is 'max'; choose 'mean'"),
+        (Attention, {"row": "first"}, "row is 'first'; choose 'read', 'last' or 'mean'"),
+        (Attention, {"heads": ()}, r"heads is \(\); list heads from 0"),
+        (PolicyAttention, {"heads": (1, -1)}, r"heads is \(1, -1\); list heads from 0"),
+        (Attention, {"heads": (1, 1)}, r"heads is \(1, 1\); list heads from 0, each once"),
+        (PolicyAttention, {"heads": 3}, "heads is 3; list heads from 0"),
+        (PolicyAttention, {"heads": (0, 0.5)}, r"heads is \(0, 0\.5\); list heads"),
+        (Attention, {"heads": "0"}, "heads is '0'; list heads"),
+        (PolicyAttention, {"layer": "last"}, "layer is 'last'; give a whole number"),
+        (Attention, {"layer": 1.5}, r"layer is 1\.5; give a whole number"),
+        (PolicyAttention, {"legacy_shift": "no"}, "legacy_shift is 'no'; choose True"),
+        (Attention, {"beta": "x"}, "beta is 'x'; choose a number in"),
+        (Uniform, {"beta": True}, "beta is True; choose a number in"),
     ],
 )
-def test_a_request_that_names_no_attention_is_refused(make, message: str) -> None:
+def test_a_setting_without_a_meaning_is_refused(kind: type[Redistribution], settings: dict, message: str) -> None:
     with without_type_checks(), pytest.raises(ValueError, match=message):
-        make()
+        kind(**settings)
