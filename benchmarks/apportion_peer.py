@@ -82,7 +82,6 @@ def main(work: Workload, methods: list[str]) -> None:
     meter.watch(trainer, "respond", "generation")
     meter.watch(trainer, "complete", "forwards")
     meter.watch(trainer, "score", "forwards")
-    meter.watch(host, "with_policy_attention", "policy")
     meter.watch(host, "assign_credit", "credit")
     meter.watch(host, "update", "optimisation")
     trainer.train()

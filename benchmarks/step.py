@@ -30,7 +30,7 @@ from workload import Workload
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 METHODS = ("token PPO", "MA-PPO", "ABC", "PrefixDifference")
-PHASES = ("generation", "forwards", "policy", "credit", "optimisation", "other")
+PHASES = ("generation", "forwards", "credit", "optimisation", "other")
 PREAMBLE = """\
 32 prompts of 32 tokens, 64 new tokens, a Llama of 8.39 M parameters (hidden 256, 6 layers, vocabulary 8192) in each of
 the four roles, one epoch and responses of equal length unless the heading says otherwise. Medians: seconds of processor
@@ -81,7 +81,7 @@ class Setting:
     aim: float = 1.03
 
 
-attention_setting = partial(Setting, peers=(), methods=("token PPO", "ABC-D"), blocks=6, aim=1.05)
+attention_setting = partial(Setting, peers=(), methods=("token PPO", "ABC-D"), blocks=10, aim=1.05)
 WHOLE, SMALL = Workload(), Workload(micro_rows=8)
 SETTINGS = {
     "float32": Setting(
@@ -116,20 +116,24 @@ SETTINGS = {
         ),
     ),
     "policy attention": attention_setting(
-        title="float32, the policy's attention from a pass that the update keeps",
+        title="float32, the policy's attention, for an update in one micro-batch",
         work=replace(WHOLE, micro_rows=64),  # the policy is given half as many rows at once
     ),
     "policy attention, parts": attention_setting(
-        title="float32, the policy's attention from a pass of its own, for an update in two micro-batches",
+        title="float32, the policy's attention, for an update in two micro-batches",
         work=WHOLE,
     ),
     "policy attention, four parts": attention_setting(
-        title="float32, the policy's attention from passes of their own, for an update in four micro-batches",
+        title="float32, the policy's attention, for an update in four micro-batches",
         work=replace(WHOLE, micro_rows=16),
     ),
     "policy attention, minibatches": attention_setting(
-        title="float32, the policy's attention from the pass before four minibatches",
+        title="float32, the policy's attention, for four minibatches",
         work=replace(WHOLE, mini_batches=4),
+    ),
+    "policy attention, lengths": attention_setting(
+        title="float32, the policy's attention, responses of 20 tokens on average (geometric)",
+        work=replace(WHOLE, mean_length=20),
     ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",

@@ -32,7 +32,7 @@ class Setting:
     sampling: Sampling
     accelerator: Accelerator
 
-    def update(self, config: PPOConfig, seed: int = 0, logprobs: Tensor | None = None) -> dict[str, float]:
+    def update(self, config: PPOConfig, seed: int = 0) -> dict[str, float]:
         return update(
             self.policy,
             self.critic,
@@ -42,7 +42,6 @@ class Setting:
             sampling=self.sampling,
             accelerator=self.accelerator,
             generator=torch.Generator().manual_seed(seed),
-            logprobs=logprobs,
         )
 
     def parameters(self) -> list[Tensor]:

@@ -110,7 +110,6 @@ class Policy(nn.Module):
         response_mask: Bool[Tensor, "B T"],
         sampling: Sampling,
         truncate: bool = True,
-        whole: bool = False,
     ) -> Float[Tensor, "B T"]:
         """Compute the log-probability of each response token under the distribution that is sampled.
 
@@ -124,13 +123,11 @@ class Policy(nn.Module):
             response_mask: (B, T) bool.
             sampling: The distribution.
             truncate: Whether top-k and top-p apply (see `sampled_logits`).
-            whole: Whether the last token is read too, which predicts nothing, for whoever listens to the layers.
 
         Returns:
             (B, T) float32. In nats; 0 outside the mask.
         """
-        join = _joined if whole else _before_last
-        ids, mask = join(prompt_ids, response_ids), join(prompt_mask, response_mask)
+        ids, mask = _before_last(prompt_ids, response_ids), _before_last(prompt_mask, response_mask)
         first, width = prompt_ids.shape[1] - 1, response_ids.shape[1]
         hidden = self._trunk(self.model, ids, mask)[:, first : first + width][response_mask]
         flat = token_logprobs(
@@ -184,11 +181,6 @@ class Critic(nn.Module):
 def _before_last(prompt: Shaped[Tensor, "B P"], response: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B L"]:
     """Join prompt and response up to the token before the last, which is the last from which one is predicted."""
     return torch.cat([prompt, response[:, :-1]], 1)
-
-
-def _joined(prompt: Shaped[Tensor, "B P"], response: Shaped[Tensor, "B T"]) -> Shaped[Tensor, "B L"]:
-    """Join prompt and response."""
-    return torch.cat([prompt, response], 1)
 
 
 def adapters_off(model: nn.Module) -> AbstractContextManager:

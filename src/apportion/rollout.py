@@ -1,9 +1,11 @@
 """From prompts to rollouts: responses, with the log-probabilities and values that they had when they were sampled."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +33,43 @@ class Responses:
         logprobs: (B, T) float32. Log-probability of each token as it was drawn, in nats; 0 outside the response.
         entropies: (B, T) float32 or None. Entropy of the distribution that each token was drawn from, in nats, where it
             was asked for; 0 outside the response.
+        attention: (B, T) float32 or None. What a reader of the policy's attention has gathered; 0 outside the response.
     """
 
     response_ids: Int[Tensor, "B T"]
     response_mask: Bool[Tensor, "B T"]
     logprobs: Float[Tensor, "B T"]
     entropies: Float[Tensor, "B T"] | None = None
+    attention: Float[Tensor, "B T"] | None = None
+
+
+class AttentionReader(ABC):
+    """Reads the attention of a model to its response while the response is fed to it, token by token.
+
+    Attributes:
+        reads_last: Whether the last token of a response has to be fed too, which predicts nothing.
+    """
+
+    reads_last: bool
+
+    @abstractmethod
+    def reading(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Look on while the model runs."""
+
+    @abstractmethod
+    def gather(self, rows: Int[Tensor, " N"], place: int, counted: Bool[Tensor, " N"]) -> None:
+        """Take the token that the model was fed last as a query.
+
+        Args:
+            rows: (N) int64. Responses that the model was run on.
+            place: Place of that token in its response, from 0.
+            counted: (N) bool. Responses that the token is a query of.
+        """
+
+    @property
+    @abstractmethod
+    def attention(self) -> Float[Tensor, "B M"]:
+        """Attention to each token of each response so far, M = max_new_tokens."""
 
 
 @torch.no_grad()
@@ -48,6 +81,7 @@ def sample(
     *,
     pad_id: int,
     with_entropies: bool = False,
+    reader: AttentionReader | None = None,
 ) -> Responses:
     """Draw a response to each prompt.
 
@@ -61,6 +95,8 @@ def sample(
         uniforms: (B, T) float. In [0, 1), for T = max_new_tokens; same numbers, same responses.
         pad_id: What stands after the end of a response.
         with_entropies: Whether to measure the entropy of each distribution that is drawn from.
+        reader: Reads the policy's attention to the responses; none if None. One that reads last tokens keeps a row in
+            the batch until its last token has been fed.
 
     Returns:
         Responses of up to `max_new_tokens` tokens.
@@ -68,11 +104,8 @@ def sample(
     Raises:
         ValueError: If a prompt is empty or `uniforms` has another shape.
     """
+    _check_shapes(prompts, uniforms, sampling)
     rows = len(prompts.prompt_ids)
-    if uniforms.shape != (rows, sampling.max_new_tokens):
-        raise ValueError(f"uniforms has shape {tuple(uniforms.shape)}; give ({rows}, {sampling.max_new_tokens})")
-    if not prompts.prompt_mask.any(1).all():
-        raise ValueError(f"prompt {int((~prompts.prompt_mask.any(1)).nonzero()[0, 0])} is empty; drop empty prompts")
     ids = torch.full((rows, sampling.max_new_tokens), pad_id, device=prompts.prompt_ids.device)
     logprobs = torch.zeros(ids.shape, device=ids.device)
     entropies = torch.zeros_like(logprobs) if with_entropies else None
@@ -80,33 +113,54 @@ def sample(
     uniforms, eos_ids = uniforms.to(ids.device), torch.tensor(policy.eos_ids, dtype=torch.long, device=ids.device)
     decoder = _Decoder(policy.model, prompts, sampling.max_new_tokens)
     active = torch.arange(rows, device=ids.device)
-    for place in range(sampling.max_new_tokens):
-        places = torch.full_like(active, place)
-        logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)
-        tokens, chances = draw(logits, uniforms[active, place])
-        ids[active, place], logprobs[active, place] = tokens, chances
-        if entropies is not None:
-            entropies[active, place] = entropy(logits)
-        ends = torch.isin(tokens, eos_ids)
-        ended_at[active] = torch.where(ends & (ended_at[active] > place + 1), place + 1, ended_at[active])
-        if place + 1 == sampling.max_new_tokens:
-            break
-        if place % _LOOK_EVERY == _LOOK_EVERY - 1:
-            still = ended_at[active] > place + 1
-            if not still.any():
+    reads_last = reader is not None and reader.reads_last
+    with nullcontext() if reader is None else reader.reading(policy.model):
+        for place in range(sampling.max_new_tokens):
+            places = torch.full_like(active, place)
+            logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)
+            tokens, chances = draw(logits, uniforms[active, place])
+            ids[active, place], logprobs[active, place] = tokens, chances
+            if entropies is not None:
+                entropies[active, place] = entropy(logits)
+            ends = torch.isin(tokens, eos_ids)
+            ended_at[active] = torch.where(ends & (ended_at[active] > place + 1), place + 1, ended_at[active])
+            shortest = place + 1 if reads_last else place + 2  # of the responses whose token here has to be fed
+            if sampling.max_new_tokens < shortest:
                 break
-            if still.float().mean() <= 0.75:
-                active, tokens = active[still], tokens[still]
-                decoder.keep(still)
-        decoder.feed(tokens)
+            if place % _LOOK_EVERY == _LOOK_EVERY - 1:
+                still = ended_at[active] >= shortest
+                if not still.any():
+                    break
+                if still.float().mean() <= 0.75:
+                    active, tokens = active[still], tokens[still]
+                    decoder.keep(still)
+            decoder.feed(tokens)
+            if reader is not None:
+                reader.gather(active, place, ended_at[active] >= shortest)
     width = int(ended_at.max())
     mask = torch.arange(width, device=ids.device) < ended_at[:, None]
+    within = partial(_within, mask)
     return Responses(
         response_ids=torch.where(mask, ids[:, :width], pad_id),
         response_mask=mask,
-        logprobs=torch.where(mask, logprobs[:, :width], 0),
-        entropies=None if entropies is None else torch.where(mask, entropies[:, :width], 0),
+        logprobs=within(logprobs),
+        entropies=None if entropies is None else within(entropies),
+        attention=None if reader is None else within(reader.attention),
     )
+
+
+def _check_shapes(prompts: Prompts, uniforms: Float[Tensor, "B T"], sampling: Sampling) -> None:
+    """Refuse what there is no response to, or no numbers for."""
+    rows = len(prompts.prompt_ids)
+    if uniforms.shape != (rows, sampling.max_new_tokens):
+        raise ValueError(f"uniforms has shape {tuple(uniforms.shape)}; give ({rows}, {sampling.max_new_tokens})")
+    if not prompts.prompt_mask.any(1).all():
+        raise ValueError(f"prompt {int((~prompts.prompt_mask.any(1)).nonzero()[0, 0])} is empty; drop empty prompts")
+
+
+def _within(mask: Bool[Tensor, "B T"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B T"]:
+    """Cut to the responses; 0 outside."""
+    return torch.where(mask, x[:, : mask.shape[1]], 0)
 
 
 class _Decoder:

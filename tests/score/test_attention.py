@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2 import modeling_gemma2
 
 from apportion.batch import AttentionRequest
-from apportion.score.attention import CapturedRow, capture_row, check_request, find_attention
+from apportion.score.attention import CapturedRow, capture_row, check_request
 from apportion.score.attention_row import attention_row, mask_row, visible_keys
+from apportion.score.attention_tap import find_attention
 from attention_maps import (
     EAGER,
     GROUPED,

@@ -308,19 +308,24 @@ def test_the_critic_reads_the_last_rows_that_fit_once(ppo: PPOConfig, passes: in
         (PPOConfig(micro_batch_tokens=40), 4),  # twenty for the policy, which reads the rows one by one
     ],
 )
-def test_the_policy_is_read_for_its_attention_in_a_pass_that_the_update_makes(
+def test_the_policys_attention_takes_no_pass_beside_that_of_sampling(
     ppo: PPOConfig, passes: int, tmp_path: Path
 ) -> None:
-    """abc.md section 2: ABC-D from the pass that PPO makes anyway."""
+    """abc.md section 2: ABC-D from a pass that PPO makes anyway; its last tokens alone are fed besides."""
     seen: list[list[int]] = []
+    fed: list[list[int]] = []
     for name, redistribution in (("plain", Uniform()), ("policy", PolicyAttention())):
         credit = replace(CREDIT, redistribution=redistribution)
         settings: dict[str, Any] = {"num_steps": 1, "batch_size": 4, "sampling": Sampling(max_new_tokens=12)}
         made = trainer(tmp_path / name, ppo=ppo, credit=credit, **settings)
         seen.append([])
-        made.policy.module.register_forward_hook(lambda *_, calls=seen[-1]: calls.append(1))
+        fed.append([])
+        policy: Any = made.policy.module
+        policy.register_forward_hook(lambda *_, calls=seen[-1]: calls.append(1))
+        policy.model.register_forward_hook(lambda *_, calls=fed[-1]: calls.append(1))
         made.train()
     assert [len(calls) for calls in seen] == [passes, passes]
+    assert len(fed[1]) - len(fed[0]) == 1
 
 
 @pytest.mark.parametrize("changes", [{"ppo": PPOConfig(micro_batch_tokens=60)}, {"gradient_checkpointing": True}])

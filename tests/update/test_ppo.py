@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from apportion.batch import AttentionRequest, Credit, Rollout
+from apportion.batch import Credit, Rollout
 from apportion.sampling import Sampling
-from apportion.score.policy_attention import read_policy
 from apportion.update.config import PPOConfig
 from apportion.update.losses import Granularity, importance_ratio, policy_loss, value_loss
 from batches import without_type_checks
@@ -20,10 +19,10 @@ RATIOS: tuple[Granularity, ...] = ("token", "macro", "macro_mean")
 OFF = 1e9
 
 
-def change(given: Setting, config: PPOConfig, logprobs: Tensor | None = None) -> list[Tensor]:
+def change(given: Setting, config: PPOConfig) -> list[Tensor]:
     """What an update does to every parameter."""
     before = given.parameters()
-    given.update(config, logprobs=logprobs)
+    given.update(config)
     return [after - first for after, first in zip(given.parameters(), before, strict=True)]
 
 
@@ -72,41 +71,6 @@ def test_the_critic_learns_the_same_from_its_reading_of_the_rollout_as_from_anot
     for x, y in zip(change(kept, config), change(again, config), strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
     assert len(passes[1]) - len(passes[0]) == int(config.num_mini_batches == 1)
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("config", SHAPES, ids=["one pass", "epochs", "minibatches", "micro-batches"])
-def test_the_policy_learns_the_same_from_an_earlier_reading_as_from_another(config: PPOConfig, precision: str) -> None:
-    """ABC-D reads the policy before credit is assigned; that reading is the first pass, or the one before several."""
-    early, again = (setting(sgd=True, lr=0.1, precision=precision) for _ in range(2))
-    passes: list[list[int]] = [[], []]
-    for given, seen in zip((early, again), passes, strict=True):
-        given.policy.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-    with early.accelerator.autocast():
-        reading = read_policy(
-            early.policy.module,
-            early.rollout,
-            AttentionRequest(row="mean"),
-            sampling=early.sampling,
-            budget=config.learning_tokens,
-            logprobs="last" if config.num_mini_batches == 1 else "all",
-        )
-    # The reading has one more token, so that sums are rounded otherwise.
-    atol, rtol = (1e-6, 1e-5) if precision == "no" else (2e-3, 0.1)
-    for x, y in zip(change(early, config, reading.logprobs), change(again, config), strict=True):
-        torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
-    assert len(passes[0]) == len(passes[1])  # of rows that are read beforehand, the trunk alone is
-
-
-def test_the_first_ratio_after_an_earlier_reading_is_one_to_the_bit() -> None:
-    given = setting(precision="bf16")
-    with given.accelerator.autocast():
-        request = AttentionRequest(row="last")
-        options = {"sampling": given.sampling, "budget": 100_000}
-        reading = read_policy(given.policy.module, given.rollout, request, **options, logprobs="last")
-    found = given.update(PPOConfig(), logprobs=reading.logprobs)
-    assert found["policy/ratio_max"] == 1
-    assert found["policy/clipfrac"] == found["policy/approx_kl"] == 0
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

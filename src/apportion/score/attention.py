@@ -1,54 +1,32 @@
 """The attention row of the token that the reward head reads, computed beside any attention kernel.
 
 Fast kernels (sdpa, flash, flex) never form the (T, T) map, and `output_attentions=True` gives an empty tuple under
-them. Attention-based credit needs one row of one layer only. `capture_row` therefore puts a tap around the attention
-function that the model looks up, in place and under its own name: masks are built per name, so a name of our own would
-lose them. The tap calls the original function with unchanged arguments and hands the queries, keys and mask of one
-module to `attention_row`, O(T d). An eager function has formed the map anyway: there the row is the map's own.
+them. Attention-based credit needs one row of one layer only: `capture_row` listens to the layer (`attention_tap.py`)
+and computes that row by `attention_row`, O(T d). An eager function has formed the map anyway: there the row is the
+map's own.
 
 Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which reads the row from full eager maps.
 """
 
-import functools
-import inspect
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
 
 from apportion.batch import AttentionRequest
 from apportion.models import hidden_states
 from apportion.score.attention_row import attention_row, check_heads, head_mean, mask_row, take_queries
-
-_CAPTURE = "_apportion_captured"
-_EAGER = "load the model with attn_implementation='eager', or write that into its config.json"
-_FULL_ATTENTION = ("full_attention", "global")
-_lock = threading.Lock()
+from apportion.score.attention_tap import Listener, Unseen, capturing, find_attention, maps_of, unseen
 
 
-class Unseen(RuntimeError):
-    """The attention of a model cannot be read."""
+class Captured(Listener):
+    """What a capture reads of one attention layer; empty until the model has run under it."""
 
-
-class _Seen(Exception):
-    """Leaves a model whose attention has been read."""
-
-
-class Captured(ABC):
-    """What a capture reads of one attention layer; empty until the model has run under it.
-
-    Attributes:
-        leaves: Whether the model is left as soon as the layer has been read, where nothing else is asked of it.
-    """
-
-    leaves: bool = False
     _weights: Tensor | None = None
 
     @property
@@ -59,14 +37,9 @@ class Captured(ABC):
             RuntimeError: If the chosen attention layer has not run under the capture.
         """
         if self._weights is None:
-            raise Unseen(
-                "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did "
-                f"run, its attention layer bypasses the registered function: {_EAGER}"
-            )
+            raise unseen()
         return self._weights
 
-    @torch.compiler.disable  # a compiled model breaks its graph here, and only while it is captured
-    @torch.no_grad()
     def observe(
         self,
         module: nn.Module,
@@ -76,27 +49,12 @@ class Captured(ABC):
         options: dict[str, Any],
         result: Any = None,
     ) -> None:
-        """Compute the weights from the call of an attention function; a later call replaces an earlier one.
+        """Compute the weights from the call of an attention function; a later call replaces an earlier one."""
+        self._weights = self.of_call(module, query, key, mask, options, maps_of(result, query, key))
 
-        Args:
-            module: The attention layer.
-            query: (B, H, Q, D) float.
-            key: (B, G, K, D) float.
-            mask: Any mask that transformers hands to a kernel.
-            options: The other keyword arguments of the call.
-            result: What the function returned, with or without its maps.
-        """
-        self._take(self.of_call(module, query, key, mask, options, _maps_of(result, query, key)))
-
-    @torch.no_grad()
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
         """Take the weights from full maps that an eager layer has formed anyway."""
-        self._take(self.of_maps(maps))
-
-    def _take(self, weights: Float[Tensor, "B K"]) -> None:
-        self._weights = weights
-        if self.leaves:
-            raise _Seen
+        self._weights = self.of_maps(maps)
 
     @abstractmethod
     def of_call(
@@ -220,37 +178,6 @@ def capture_row(
         yield captured
 
 
-@contextmanager
-def capturing(model: nn.Module, captured: Captured, layer: int | None) -> Iterator[None]:
-    """Let a capture see one attention layer while the model runs under its own kernel.
-
-    The model's output is the same to the bit as without the capture, and so are its gradients: what is captured is
-    computed without one. Layers whose family takes no function from transformers' AttentionInterface (GPT-J, Bloom) are
-    read by a hook from the maps that they form themselves: float32 sums of weights in the model's dtype, and None in
-    place of the map in what the layer returns. With gradient checkpointing, leave the capture before the backward pass.
-
-    Args:
-        model: Any transformers model, also inside PEFT or another module.
-        captured: Is called by the layer.
-        layer: Layer number, negative from the end; None for the last full-attention layer.
-
-    Raises:
-        ValueError: If the model has no attention layer of that number.
-        RuntimeError: If the model drops out, or this layer is being captured already.
-    """
-    _refuse_dropout(model)
-    attention = find_attention(model, layer)
-    if getattr(attention, _CAPTURE, None) is not None:
-        raise RuntimeError(f"this {type(attention).__name__} is being captured already: leave the outer capture first")
-    # An attribute of the module, not a context variable: torch.compile guards on the one and cannot trace the other.
-    setattr(attention, _CAPTURE, captured)
-    try:
-        with suppress(_Seen), _listening(attention, captured):
-            yield
-    finally:
-        delattr(attention, _CAPTURE)
-
-
 def check_request(model: nn.Module, request: AttentionRequest) -> None:
     """Refuse a request for attention that a model does not have, or does not show, after a trial on two tokens.
 
@@ -272,163 +199,3 @@ def check_request(model: nn.Module, request: AttentionRequest) -> None:
         _ = captured.row
     except Unseen as error:
         raise ValueError(str(error)) from error
-
-
-def find_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
-    """Find the self-attention module of a layer.
-
-    Args:
-        model: Any module that holds a transformers model.
-        layer: Layer number, negative from the end; None for the last full-attention layer, or where no layer is
-            labelled so, the last attention layer.
-
-    Raises:
-        ValueError: If there is no attention module, none of that number, or several.
-    """
-    layers = _attention_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention layer with a layer_idx: use another model")
-    number = _default_layer(layers) if layer is None else layer
-    number = number + max(layers) + 1 if number < 0 else number
-    if number not in layers:
-        raise ValueError(
-            f"layer {layer} is not an attention layer of {type(model).__name__}: choose one of {[*layers]}"
-        )
-    if len(layers[number]) > 1:
-        names = ", ".join(type(module).__name__ for module in layers[number])
-        raise ValueError(f"several modules are layer {number} ({names}): pass the text model alone")
-    return layers[number][0]
-
-
-def _refuse_dropout(model: nn.Module) -> None:
-    """Raise where dropout would thin the rows."""
-    for module in model.modules():
-        rates = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
-        named = isinstance(module, nn.Dropout)
-        if module.training and any(
-            isinstance(rate, float) and rate > 0 and (named or "drop" in name) for name, rate in rates.items()
-        ):
-            raise Unseen(
-                f"{type(module).__name__} drops out, which would thin the row: call model.eval(), or set dropout to 0"
-            )
-
-
-def _attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Return the innermost self-attention modules by layer number, in ascending order."""
-    found: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        number = getattr(module, "layer_idx", getattr(module, "layer_id", None))
-        named = "attention" in type(module).__name__.lower()
-        if not (named and isinstance(number, int)) or getattr(module, "is_cross_attention", False):
-            continue
-        inside = set(module.modules())
-        outer = [other for other in found.get(number, []) if module not in set(other.modules())]
-        found[number] = [other for other in outer if other not in inside] + [module]
-    return dict(sorted(found.items()))
-
-
-def _default_layer(layers: dict[int, list[nn.Module]]) -> int:
-    """Return the last layer that its configuration labels full attention; the last of all where none is."""
-    config = getattr(layers[max(layers)][0], "config", None)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    full = [number for number in layers if number < len(kinds) and kinds[number] in _FULL_ATTENTION]
-    return max(full or layers)
-
-
-@contextmanager
-def _listening(attention: nn.Module, captured: Captured) -> Iterator[None]:
-    """Let the capture see the layer's attention: by a tap on its function, else by a hook on its maps."""
-    slot = _function_slot(attention)
-    if slot is not None:
-        with _tapped(*slot):
-            yield
-        return
-    handle = attention.register_forward_hook(functools.partial(_keep_maps, captured))
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not look for hooks that came later
-            yield
-    finally:
-        handle.remove()
-
-
-def _function_slot(attention: nn.Module) -> tuple[MutableMapping[str, Any], str] | None:
-    """Return the mapping and key where the layer's forward looks its attention function up, if it does.
-
-    Fast kernels are looked up by name in the AttentionInterface of the modeling file. "eager" is not registered there
-    but is the default that the file passes along: its own function `eager_attention_forward`.
-    """
-    forward: Callable[..., Any] = inspect.unwrap(type(attention).forward)
-    names = forward.__globals__
-    interface = names.get("ALL_ATTENTION_FUNCTIONS")
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if not isinstance(interface, AttentionInterface) or implementation is None:
-        return None
-    if implementation in interface:
-        return interface, implementation
-    return (names, "eager_attention_forward") if "eager_attention_forward" in names else None
-
-
-class _Tap:
-    """An attention function that shows its arguments to a capture of the calling module, and is inert without one."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self.function = function
-        self.users = 0
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        result = self.function(module, query, key, value, attention_mask, *args, **kwargs)
-        captured = getattr(module, _CAPTURE, None)
-        if captured is not None:
-            captured.observe(module, query, key, attention_mask, kwargs, result)
-        return result
-
-
-def _maps_of(result: Any, query: Float[Tensor, "B H Q D"], key: Float[Tensor, "B G K D"]) -> Tensor | None:
-    """Return the maps that an attention function has formed; eager ones do, others return None or something smaller."""
-    maps = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-    whole = (*query.shape[:3], key.shape[2])
-    return maps if isinstance(maps, Tensor) and maps.shape == whole else None
-
-
-@contextmanager
-def _tapped(functions: MutableMapping[str, Any], name: str) -> Iterator[None]:
-    """Put a tap in the place of a function; captures of several models share one, and the last takes it away."""
-    with _lock:
-        current = functions[name]
-        tap = current if isinstance(current, _Tap) else _Tap(current)
-        tap.users += 1
-        functions[name] = tap
-    try:
-        yield
-    finally:
-        with _lock:
-            tap.users -= 1
-            if tap.users == 0 and functions[name] is tap:
-                _restore(functions, name, tap.function)
-
-
-def _restore(functions: MutableMapping[str, Any], name: str, function: Callable[..., Any]) -> None:
-    """Undo an assignment: an AttentionInterface holds it as a local override of what is registered for all."""
-    if isinstance(functions, AttentionInterface):
-        del functions[name]
-    if functions.get(name) is not function:
-        functions[name] = function
-
-
-def _keep_maps(captured: Captured, module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """Keep what is wanted of the maps that an attention layer returns, and drop the maps."""
-    result, maps, *rest = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
-    if not isinstance(maps, Tensor) or maps.dim() != 4:
-        raise Unseen(f"{type(module).__name__} returned no attention map: {_EAGER}")
-    captured.keep(maps)
-    return (result, None, *rest)

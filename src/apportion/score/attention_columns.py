@@ -17,8 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from apportion.batch import AttentionRequest
 from apportion.masked import is_last, last_index
-from apportion.score.attention import Captured, capture_row, capturing
+from apportion.score.attention import Captured, capture_row
 from apportion.score.attention_row import attention_weights, head_mean, mask_rows
+from apportion.score.attention_tap import capturing
 
 BLOCK = 2**22
 """Attention weights that are held at once: 16 MiB in float32."""
@@ -59,17 +60,7 @@ class CapturedColumns(Captured):
             index = torch.arange(first, min(first + block, self._stop), device=query.device).expand(len(rows), -1)
             bias = mask_rows(mask, module, index, query.shape[2], keys, options)
             block_of = slice(first, first + index.shape[1])
-            if maps is not None:
-                weights = maps[:, :, block_of].masked_fill(bias == -torch.inf, 0)
-            else:
-                weights = attention_weights(
-                    query[:, :, block_of],
-                    key,
-                    bias,
-                    scaling=options.get("scaling"),
-                    softcap=options.get("softcap"),
-                    sinks=options.get("s_aux"),
-                )
+            weights = weights_of_queries(block_of, query, key, bias, options, maps)
             counted = rows[:, block_of, None]
             total += torch.where(counted, head_mean(weights, self.heads), 0).sum(1)
             seen += (counted & (bias > -torch.inf).any(1)).sum(1)
@@ -89,6 +80,33 @@ class CapturedColumns(Captured):
         if self.rows.shape != shape:
             raise ValueError(f"rows has shape {tuple(self.rows.shape)}, the model's input {shape}: give one for each")
         return self.rows.to(of_queries.device)
+
+
+def weights_of_queries(
+    queries: slice,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B G K D"],
+    bias: Float[Tensor, "B h R K"],
+    options: dict[str, Any],
+    maps: Float[Tensor, "B H Q K"] | None,
+) -> Float[Tensor, "B H R K"]:
+    """Compute the attention of some queries from the call of an attention function, or take it from its maps.
+
+    Args:
+        queries: R of them.
+        query: (B, H, Q, D) float.
+        key: (B, G, K, D) float.
+        bias: (B, h, R, K) float32. See `mask_rows`.
+        options: The other keyword arguments of the call.
+        maps: (B, H, Q, K) float, if the function forms them.
+
+    Returns:
+        (B, H, R, K) float. Exactly zero on hidden keys.
+    """
+    if maps is not None:
+        return maps[:, :, queries].masked_fill(bias == -torch.inf, 0)
+    scaling, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
+    return attention_weights(query[:, :, queries], key, bias, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 @contextmanager
@@ -119,17 +137,13 @@ def capture_columns(
 
 
 @contextmanager
-def capture_attention(
-    model: nn.Module, request: AttentionRequest, answer: Bool[Tensor, "B Q"], *, alone: bool = False
-) -> Iterator[Captured]:
+def capture_attention(model: nn.Module, request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Iterator[Captured]:
     """Capture what a request asks for of queries of a response.
 
     Args:
         model: Any transformers model, also inside PEFT or another module.
         request: Layer, heads, and which queries; "read" and "last" are the last one that is given.
         answer: (B, Q) bool. Columns of `input_ids` that hold the response, as far as it is to be read.
-        alone: Whether nothing but the attention is asked for: the model is left, and with it the context, as soon as
-            the layer has been read.
 
     Yields:
         What the model's forward pass fills the `weights`, (B, K) float32, of. Without any query they mean nothing.
@@ -138,24 +152,10 @@ def capture_attention(
         ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input.
         RuntimeError: If the model drops out, or this layer is being captured already.
     """
-    rows = queries_of(request, answer)
+    rows = answer & ~is_last(answer) if request.before_last else answer
     if request.row == "mean":
         capture = capture_columns(model, rows, request.layer, request.heads)
     else:
         capture = capture_row(model, last_index(rows).clamp(min=0), request.layer, request.heads)
     with capture as captured:
-        captured.leaves = alone
         yield captured
-
-
-def queries_of(request: AttentionRequest, answer: Bool[Tensor, "B Q"]) -> Bool[Tensor, "B Q"]:
-    """Mark the queries of a response that may be averaged: all, or all but the last.
-
-    Args:
-        request: Its `before_last` is read.
-        answer: (B, Q) bool. True on the response.
-
-    Returns:
-        (B, Q) bool.
-    """
-    return answer & ~is_last(answer) if request.before_last else answer

@@ -1,95 +1,223 @@
-"""The policy's attention to its own responses, read in a pass of the policy that the update can learn from.
+"""The policy's attention to its own responses, read while they are sampled.
 
-PPO's first pass over a rollout is made by the policy that sampled. Where the attention is asked for, that pass is made
-before credit is assigned, and its log-probabilities are handed to the update, those of the rows read last with their
-graph, for the update begins with them. So where all rows are read at once the attention costs what is computed beside
-the pass, not another one; otherwise the other rows are read once more, up to the layer that is asked for.
+Each token that the sampler feeds to the policy is a query of one layer. A few of them are kept, then their rows are
+added to the columns of their responses at once, and are gone: O(T) memory, no pass beside that of sampling, which gives
+PPO its log-probabilities too, and no part of the update. The last token is fed as well, which sampling alone would not
+need: it is a query of the teacher-forced form.
 
 Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which stores the maps of generation.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from apportion.batch import AttentionRequest, Rollout
-from apportion.microbatches import in_groups
-from apportion.models import Policy, hidden_states
-from apportion.rollout import trim, widths
-from apportion.sampling import Sampling
-from apportion.score.attention_columns import capture_attention, queries_of
+from apportion.batch import AttentionRequest
+from apportion.rollout import AttentionReader
+from apportion.score.attention_columns import weights_of_queries
+from apportion.score.attention_row import head_mean, mask_rows
+from apportion.score.attention_tap import Listener, capturing, maps_of, unseen
+
+BLOCK = 8
+"""Queries whose rows are computed at once: the arithmetic of one is less than what it takes to begin it."""
+
+_ALONE = ("position_bias", "cu_seq_lens_k")
+"""Options of a call that are not understood for several calls at once; nor is a BlockMask."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyReading:
-    """What the policy says of a rollout before it learns from it.
+@dataclass(kw_only=True)
+class _Query:
+    """The newest token in the layer, for N responses.
 
     Attributes:
-        attention: (B, T) float32. Attention that the policy pays to each response token; 0 outside the response.
-        logprobs: (B, T) float32 or None. Log-probabilities of the response tokens as in training, in nats; of the
-            rows that were read last alone, with the policy's graph, or of all without.
+        keys: K, with its own.
+        query: (N, H, 1, D) float. Of a call that can be joined with those before and after it.
+        mask: (N or 1, h, 1, K) or (N, K), or None, as the call had it.
+        positions: (1, 1) int64. Of a single response, where a kernel finds its beginning by them.
+        row: (N, 1, K) float32. Mean over heads, of a call that stands alone.
+        sees: (N, 1, K) bool. Beside `row`: the keys that it is of.
+        counted: (N) bool. Responses that it is a query of; None until that is known.
     """
 
-    attention: Float[Tensor, "B T"]
-    logprobs: Float[Tensor, "B T"] | None
+    keys: int
+    query: Float[Tensor, "N H 1 D"] | None = None
+    mask: Tensor | None = None
+    positions: Int[Tensor, "1 1"] | None = None
+    row: Float[Tensor, "N 1 K"] | None = None
+    sees: Bool[Tensor, "N 1 K"] | None = None
+    counted: Bool[Tensor, " N"] | None = None
+
+    def follows(self, other: "_Query") -> bool:
+        """Tell whether one call could have had both queries, this one after the other."""
+        if self.query is None or other.query is None:
+            return False
+        kinds = [None if x.mask is None else x.mask.ndim for x in (self, other)]
+        return len(self.query) == len(other.query) and self.keys == other.keys + 1 and kinds[0] == kinds[1]
 
 
-def read_policy(
-    policy: nn.Module,
-    rollout: Rollout,
-    request: AttentionRequest,
-    *,
-    sampling: Sampling,
-    budget: int,
-    logprobs: Literal["last", "all"] | None,
-) -> PolicyReading:
-    """Run the policy over its responses, and capture its attention to them.
+@dataclass
+class _Block:
+    """Queries that follow each other, and what else the last call had."""
 
-    The whole response is read, its last token too, which predicts nothing but is a query of the teacher-forced form.
+    queries: list[_Query] = field(default_factory=list)
+    module: nn.Module | None = None
+    key: Float[Tensor, "N G K D"] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
-    Args:
-        policy: A `Policy`, or what accelerate made of one.
-        rollout: The responses.
-        request: Layer, heads, and which queries are averaged.
-        sampling: The distribution of the log-probabilities.
-        budget: Tokens that the model is given at once, padding included.
-        logprobs: Whose log-probabilities are computed: of the rows that are read last, with the policy's graph; of all,
-            without; None to leave the head out.
+    def rows(self, heads: tuple[int, ...] | None) -> tuple[Float[Tensor, "N R K"], Bool[Tensor, "N R K"]]:
+        """Compute the rows of all, mean over heads, and the keys that they see."""
+        last = self.queries[-1]
+        if last.row is not None and last.sees is not None:
+            return last.row, last.sees
+        assert self.key is not None  # both come with a query; for the type checker
+        assert self.module is not None
+        query = torch.cat([x.query for x in self.queries if x.query is not None], 2)
+        count = query.shape[2]
+        index = torch.arange(count, device=query.device).expand(len(query), -1)
+        positions = [x.positions for x in self.queries if x.positions is not None]
+        options = self.options | ({"position_ids": torch.cat(positions, -1)} if positions else {})
+        bias = mask_rows(self._mask(last.keys), self.module, index, count, last.keys, options)
+        weights = weights_of_queries(slice(None), query, self.key, bias, options, None)
+        return head_mean(weights, heads), (bias > -torch.inf).any(1).expand(len(query), -1, -1)
 
-    Returns:
-        Attention, and log-probabilities if they are asked for.
+    def _mask(self, keys: int) -> Tensor | None:
+        """Join the masks of all; later keys are hidden from earlier queries."""
+        masks = [x.mask for x in self.queries if x.mask is not None]
+        if not masks or masks[-1].ndim == 2:
+            return masks[-1] if masks else None
+        hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+        return torch.cat([nn.functional.pad(x, (0, keys - x.shape[-1]), value=hidden) for x in masks], 2)
 
-    Raises:
-        ValueError: If the policy has no attention layer or head of that number.
-        RuntimeError: If the policy drops out.
+
+class SampledAttention(Listener, AttentionReader):
+    """Gather what a request asks for of the policy's attention, from the tokens that it is fed while it samples.
+
+        mean    w_j = sum_{q=j}^{n-1} A[q, j] / |{q that see j}|        A the mean over heads
+        last    w_j = A[n-1, j]
+
+    To n-2 instead of n-1 with `request.before_last`.
+
+    Attributes:
+        request: Layer, heads, and which queries.
+        reads_last: Whether the last token of a response is a query.
     """
-    width = rollout.response_ids.shape[1]
-    everything = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
 
-    def read(group: Int[Tensor, " N"]) -> tuple[Tensor, ...]:
-        text = trim(*(x[group] for x in everything))
-        prompt_mask, response_mask = text[1], text[3]
-        answer = torch.cat([torch.zeros_like(prompt_mask), response_mask], 1)
-        with_logprobs = logprobs == "all" or torch.is_grad_enabled()
-        found = torch.zeros(response_mask.shape, device=response_mask.device)
-        with capture_attention(policy, request, answer, alone=not with_logprobs) as captured:
-            if with_logprobs:
-                found = policy(*text, sampling, whole=True)
-            else:
-                _run(policy, text)
-        seen = response_mask & queries_of(request, answer).any(1, keepdim=True)
-        return torch.where(seen, captured.weights[:, prompt_mask.shape[1] :], 0), found
+    def __init__(self, request: AttentionRequest, rows: int, longest: int, device: torch.device | str = "cpu") -> None:
+        """Begin.
 
-    with torch.no_grad():
-        lengths = widths(rollout.prompt_mask, rollout.response_mask)
-        attention, found = in_groups(read, lengths, budget, width, graph_of_last=logprobs == "last")
-    return PolicyReading(attention=attention, logprobs=None if logprobs is None else found)
+        Args:
+            request: Layer, heads, and which queries; "read" is the last one.
+            rows: B.
+            longest: Tokens of the longest response that can be, M.
+            device: Of the responses.
+        """
+        self.request, self.reads_last = request, not request.before_last
+        self._total, self._seen = torch.zeros(2, rows, longest, device=device)
+        self._block = _Block()
+        self._rows, self._place = torch.arange(rows, device=device), 0
 
+    @contextmanager
+    def reading(self, model: nn.Module) -> Iterator[None]:
+        """Look on while the model runs.
 
-def _run(policy: nn.Module, text: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Run the trunk alone."""
-    inner = next(module for module in policy.modules() if isinstance(module, Policy))
-    hidden_states(inner.model, torch.cat([text[0], text[2]], 1), torch.cat([text[1], text[3]], 1))
+        Raises:
+            ValueError: If the model has no attention layer of that number.
+            RuntimeError: If the model drops out, or this layer is being captured already.
+        """
+        with capturing(model, self, self.request.layer):
+            yield
+
+    @torch.no_grad()
+    def gather(self, rows: Int[Tensor, " N"], place: int, counted: Bool[Tensor, " N"]) -> None:
+        """Take the token that the model was fed last as a query.
+
+        Args:
+            rows: (N) int64. Responses that the model was run on.
+            place: Place of that token in its response, from 0.
+            counted: (N) bool. Responses that the token is a query of.
+
+        Raises:
+            RuntimeError: If the layer has not run since the last time.
+        """
+        queries = self._block.queries
+        if not queries or queries[-1].counted is not None:
+            raise unseen()
+        queries[-1].counted = counted
+        self._rows, self._place = rows, place
+        if len(queries) == BLOCK:
+            self._add()
+
+    @property
+    def attention(self) -> Float[Tensor, "B M"]:
+        """Attention to each token of each response; 0 where no query of the response sees it."""
+        self._add()
+        return self._total / self._seen.clamp(min=1)
+
+    def observe(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B G K D"],
+        mask: Tensor | BlockMask | None,
+        options: dict[str, Any],
+        result: Any = None,
+    ) -> None:
+        """See the call of an attention function; its last query counts."""
+        maps, count, keys = maps_of(result, query, key), query.shape[2], key.shape[2]
+        if maps is None and not isinstance(mask, BlockMask) and not any(options.get(x) is not None for x in _ALONE):
+            positions = options.get("position_ids") if len(query) == 1 else None
+            new = _Query(
+                keys=keys,
+                query=query[:, :, -1:],
+                mask=mask[:, :, -1:, :keys] if mask is not None and mask.ndim == 4 else mask,
+                positions=None if positions is None else positions[..., -1:],
+            )
+        else:
+            index = torch.full((len(query), 1), count - 1, device=query.device)
+            bias = mask_rows(mask, module, index, count, keys, options)
+            weights = weights_of_queries(slice(count - 1, count), query, key, bias, options, maps)
+            row = head_mean(weights, self.request.heads)
+            new = _Query(keys=keys, row=row, sees=(bias > -torch.inf).any(1).expand_as(row))
+        self._append(new)
+        self._block.module, self._block.key, self._block.options = module, key, options
+
+    def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
+        """See full maps; a hooked layer shows no mask, so that the last query sees all there is."""
+        row = head_mean(maps[:, :, -1:], self.request.heads)
+        self._append(_Query(keys=maps.shape[3], row=row, sees=torch.ones_like(row, dtype=torch.bool)))
+
+    def _append(self, new: _Query) -> None:
+        """Put a query behind those before it, or in their place where no call could have had both."""
+        queries = self._block.queries
+        if queries and queries[-1].counted is None:
+            queries.pop()  # what has run since was not of a token that counts
+        if queries and not new.follows(queries[-1]):
+            self._add()
+        self._block.queries.append(new)
+
+    def _add(self) -> None:
+        """Add the rows of the block to the columns of their responses."""
+        chosen = [x.counted for x in self._block.queries if x.counted is not None]
+        if not chosen:
+            return
+        rows, sees = self._block.rows(self.request.heads)
+        counted = torch.stack(chosen, 1)
+        width = min(self._place + 1, rows.shape[2])  # a sliding layer may hold fewer keys
+        columns = slice(self._place + 1 - width, self._place + 1)
+        if self.request.row == "mean":
+            which = counted[:, :, None].to(rows.device)
+            self._total[self._rows, columns] += torch.where(which, rows, 0).sum(1)[:, -width:].to(counted.device)
+            self._seen[self._rows, columns] += (which & sees).sum(1)[:, -width:].to(counted.device)
+        else:
+            newest = torch.where(counted, torch.arange(counted.shape[1], device=counted.device), -1).amax(1)
+            row = rows.to(counted.device)[torch.arange(len(rows), device=counted.device), newest.clamp(min=0)]
+            whole = torch.zeros(len(rows), self._total.shape[1], device=counted.device)
+            whole[:, columns] = row[:, -width:]
+            self._total[self._rows] = torch.where(newest[:, None] >= 0, whole, self._total[self._rows])
+        self._block = _Block()

@@ -1,6 +1,7 @@
 """PPO with credit assignment: the loop, one line a stage."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from apportion.pretrained import check_reward_model, load_policy, load_scorer
 from apportion.rollout import Responses, complete, sample
 from apportion.score.attention import check_request
 from apportion.score.function_reward import FunctionReward, RewardFunction
+from apportion.score.policy_attention import SampledAttention
 from apportion.score.reward_model import Reward, RewardModel, same_vocabulary
 from apportion.streams import generator
 from apportion.train.arguments import PPOArguments, check_shares, to_yaml
@@ -39,7 +41,7 @@ from apportion.train.learner import (
 from apportion.train.memory import kept_memory
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
-from apportion.train.reading import begins_with_last, with_policy_attention
+from apportion.train.reading import begins_with_last
 from apportion.train.run import Checkpoint, Run, latest_checkpoint
 from apportion.train.termination import RunCondition
 from apportion.train.units import trained_scores, unit_scale
@@ -173,15 +175,12 @@ class PPOTrainer:
                     rollout = self.complete(prompts, responses, to_learn=True)
                 rollout = self.termination.prepared(rollout, watch)
                 with watch("time/score"):
-                    scores = self._score(prompts, responses)
-                    scores, logprobs = with_policy_attention(
-                        self.policy.module, rollout, scores, self.args, self.accelerator
-                    )
+                    scores = replace(self._score(prompts, responses), policy_attention=responses.attention)
                 self.termination.settle(rollout, watch)
                 with watch("time/credit"):
                     credit = assign_credit(rollout, self._scaled(scores, rollout), self.args.credit, reduce=self._sum)
                 with watch("time/update"):
-                    metrics = self._update(rollout, credit, step, logprobs)
+                    metrics = self._update(rollout, credit, step)
                 self._record(rollout, scores, credit, metrics | watch.times)
                 show(metrics=self.last)
         self._finish()
@@ -198,14 +197,23 @@ class PPOTrainer:
             total: Size of the whole batch; by default `batch_size`, of which this process has its share.
         """
         sampling, rows = self.args.sampling, len(prompts.prompt_ids)
-        with_entropies = total is None and "entropies" in self.termination.needs  # credit is assigned in training only
-        if total is None:
+        for_credit: dict[str, Any] = {}
+        if total is None:  # credit is assigned in training only
             first, total = self.accelerator.process_index * rows, self.args.batch_size
+            for_credit = {"with_entropies": "entropies" in self.termination.needs, "reader": self._reader(prompts)}
         uniforms = torch.rand(total, sampling.max_new_tokens, generator=numbers)[first : first + rows]
         policy = self.accelerator.unwrap_model(self.policy.module)
         with evaluating(policy), self.accelerator.autocast():
-            pad_id = self.prompts.pad_id
-            return sample(policy, prompts, sampling, uniforms, pad_id=pad_id, with_entropies=with_entropies)
+            return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id, **for_credit)
+
+    def _reader(self, prompts: Prompts) -> SampledAttention | None:
+        """Prepare to read the policy's attention to its responses, where credit follows it."""
+        request = needs_of(self.args.credit.redistribution).policy_attention
+        if request is None:
+            return None
+        return SampledAttention(
+            request, len(prompts.prompt_ids), self.args.sampling.max_new_tokens, prompts.prompt_ids.device
+        )
 
     def complete(
         self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False
@@ -331,7 +339,7 @@ class PPOTrainer:
         ends = torch.isin(rollout.response_ids, torch.tensor(policy.eos_ids, device=rollout.response_ids.device))
         return (ends & rollout.response_mask).any(1)
 
-    def _update(self, rollout: Rollout, credit: Credit, step: int, logprobs: Tensor | None) -> dict[str, float]:
+    def _update(self, rollout: Rollout, credit: Credit, step: int) -> dict[str, float]:
         """Improve policy and critic; stop the run when too many steps in a row could not be taken."""
         metrics = update(
             self.policy,
@@ -342,7 +350,6 @@ class PPOTrainer:
             sampling=self.args.sampling,
             accelerator=self.accelerator,
             generator=generator(self.args.seed, "minibatches", step),
-            logprobs=logprobs,
         )
         metrics |= self.state.advance()
         skipped = int(metrics["update/skipped_steps"])

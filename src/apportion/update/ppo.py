@@ -56,7 +56,6 @@ def update(
     sampling: Sampling,
     accelerator: Accelerator,
     generator: torch.Generator,
-    logprobs: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """Improve the policy and the critic on one rollout.
 
@@ -76,9 +75,6 @@ def update(
         sampling: The distribution that was sampled.
         accelerator: Devices, precision, processes.
         generator: Draws the minibatches; the same on every process.
-        logprobs: (B, T) float32. What the policy has said of the rollout already, where it was asked before credit was
-            assigned: for one minibatch, of the last group of `learning_tokens`, with its graph; for several, of all
-            rows. None where it was not.
 
     Returns:
         Metrics of docs/metrics.md under `policy/`, `value/` (with a critic) and `update/`, of the whole batch over all
@@ -90,11 +86,7 @@ def update(
     step.first_values = rollout.values if rollout.values.requires_grad else None
     # Texts and entropies are for credit; minibatches need not carry them along.
     rollout = replace(rollout, values=rollout.values.detach(), entropies=None, text=None)
-    step.first_logprobs = logprobs if logprobs is not None and logprobs.requires_grad else None
-    if config.num_mini_batches == 1:
-        behaviour = rollout.old_logprobs.clone()
-    else:
-        behaviour = step.logprobs(rollout) if logprobs is None else logprobs.detach()
+    behaviour = rollout.old_logprobs.clone() if config.num_mini_batches == 1 else step.logprobs(rollout)
     gap = 0.0
     tally: dict[str, list[float]] = {}
     for epoch in range(config.num_ppo_epochs):
@@ -150,7 +142,6 @@ class _Step:
         self.policy, self.critic = policy, critic
         self.config, self.sampling, self.accelerator = config, sampling, accelerator
         self.first_values: Float[Tensor, "B T"] | None = None
-        self.first_logprobs: Float[Tensor, "B T"] | None = None
         self.taken = self.skipped = 0
         self.stopped = False
 
@@ -180,7 +171,7 @@ class _Step:
         """
         counts = self._counts(credit, index)
         if moved:
-            self.first_values = self.first_logprobs = None
+            self.first_values = None
         value = counts.new_zeros(0)
         if self.critic is not None:
             criticise = partial(self._criticise, self.critic.module, tokens=counts[1])
@@ -247,11 +238,8 @@ class _Step:
     ) -> Float[Tensor, " 5"]:
         """Add the policy's gradients; return its loss, what is measured of its ratio, and the largest ratio."""
         config, mask, ids = self.config, piece.mask, piece.credit.macro_ids
-        if self.first_logprobs is None:
-            with self.accelerator.autocast():
-                logprobs = self.policy.module(*piece.text, self.sampling)
-        else:
-            logprobs, self.first_logprobs = self.first_logprobs[piece.group, : mask.shape[1]], None
+        with self.accelerator.autocast():
+            logprobs = self.policy.module(*piece.text, self.sampling)
         if not moved:
             behaviour[piece.group, : mask.shape[1]] = logprobs.detach()
         old = behaviour[piece.group, : mask.shape[1]]
