@@ -319,20 +319,52 @@ def test_the_attention_equals_the_slow_loops(case: int, monkeypatch: pytest.Monk
         assert found[b].tolist() == pytest.approx(wanted[before:], abs=1e-5)
 
 
-def test_a_single_row_begins_where_its_positions_do() -> None:
-    """Flash attention takes no mask for one row, and finds its beginning by the positions."""
+@pytest.mark.parametrize("told", ["positions", "bounds"])
+def test_a_single_row_begins_where_its_positions_or_bounds_say(told: str) -> None:
+    """Flash attention takes no mask for one row, and finds its beginning by the positions, or is told it."""
     model = OneLayer()
     model.attention.config = type("Config", (), {"_attn_implementation": "flash_attention_2"})()  # type: ignore[assignment]
     reader = SampledAttention(MEAN, 1, 4)
     query, key = torch.zeros(1, 1, 6, 2), torch.zeros(1, 1, 6, 2)
     for place in range(4):  # two keys of another text stand before the sequence
         last = slice(place + 2, place + 3)
-        options = {"position_ids": torch.tensor([[place]])}
+        options = {
+            "positions": {"position_ids": torch.tensor([[place]])},
+            "bounds": {"cu_seq_lens_k": torch.tensor([0, 2, place + 3])},
+        }[told]
         reader.observe(model.attention, query[:, :, last], key[:, :, : place + 3], None, options)
         reader.gather(torch.arange(1), place, torch.tensor([True]))
     rows = [1, 1 / 2, 1 / 3, 1 / 4]
     wanted = [sum(rows[j:]) / (4 - j) for j in range(4)]
     assert reader.attention.tolist()[0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_bias_of_positions_is_that_of_each_query() -> None:
+    generator, tokens = torch.Generator().manual_seed(2), 5
+    query, key = torch.randn(2, 2, 2, tokens, 4, generator=generator).unbind()
+    bias = torch.randn(1, 2, tokens, tokens, generator=generator)
+    reader = SampledAttention(MEAN, 2, tokens)
+    for q in range(tokens):
+        options = {"scaling": 1.0, "position_bias": bias[:, :, q : q + 1, : q + 1]}
+        reader.observe(nn.Identity(), query[:, :, q : q + 1], key[:, :, : q + 1], None, options)
+        reader.gather(torch.arange(2), q, torch.ones(2, dtype=torch.bool))
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    maps = (query @ key.mT + bias).masked_fill(~causal, -torch.inf).softmax(-1).mean(1)
+    torch.testing.assert_close(reader.attention, maps.sum(1) / causal.sum(0), atol=1e-6, rtol=0)
+
+
+def test_a_call_that_is_not_of_a_token_is_replaced_by_the_next() -> None:
+    """As of a prompt that is read while the reader looks on, or of a layer that is called twice."""
+    reader, ones = SampledAttention(MEAN, 1, 2), torch.tensor([True])
+    for place in range(2):
+        for stray in (True, False):
+            query = torch.full((1, 1, 1, 1), 9.0 if stray else 0.0)
+            key = torch.arange(place + 2.0)[None, None, :, None]
+            reader.observe(nn.Identity(), query, key, None, {"scaling": 1.0})
+        reader.gather(torch.arange(1), place, ones)
+    assert reader.attention.tolist()[0] == pytest.approx([(1 / 2 + 1 / 3) / 2, 1 / 3], abs=1e-6)
+    with pytest.raises(Unseen, match="no attention row was captured"):
+        reader.gather(torch.arange(1), 2, ones)
 
 
 # abc.md section 2: three rows of generation; and a fourth, which a teacher-forced pass has besides.

@@ -27,9 +27,6 @@ from apportion.score.attention_tap import Listener, capturing, maps_of, unseen
 BLOCK = 8
 """Queries whose rows are computed at once: the arithmetic of one is less than what it takes to begin it."""
 
-_ALONE = ("position_bias", "cu_seq_lens_k")
-"""Options of a call that are not understood for several calls at once; nor is a BlockMask."""
-
 
 @dataclass(kw_only=True)
 class _Query:
@@ -170,7 +167,7 @@ class SampledAttention(Listener, AttentionReader):
     ) -> None:
         """See the call of an attention function; its last query counts."""
         maps, count, keys = maps_of(result, query, key), query.shape[2], key.shape[2]
-        if maps is None and not isinstance(mask, BlockMask) and not any(options.get(x) is not None for x in _ALONE):
+        if maps is None and not isinstance(mask, BlockMask) and options.get("position_bias") is None:
             positions = options.get("position_ids") if len(query) == 1 else None
             new = _Query(
                 keys=keys,
