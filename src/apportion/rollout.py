@@ -53,8 +53,13 @@ class AttentionReader(ABC):
     reads_last: bool
 
     @abstractmethod
-    def reading(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Look on while the model runs."""
+    def reading(self, model: nn.Module, logprobs: Float[Tensor, "B M"]) -> AbstractContextManager[None]:
+        """Look on while the model runs.
+
+        Args:
+            model: The policy.
+            logprobs: (B, M) float32. Something of the shape of the responses, M = max_new_tokens, where they lie.
+        """
 
     @abstractmethod
     def gather(self, rows: Int[Tensor, " N"], place: int, counted: Bool[Tensor, " N"]) -> None:
@@ -69,7 +74,7 @@ class AttentionReader(ABC):
     @property
     @abstractmethod
     def attention(self) -> Float[Tensor, "B M"]:
-        """Attention to each token of each response so far, M = max_new_tokens."""
+        """Attention to each token of each response so far."""
 
 
 @torch.no_grad()
@@ -114,7 +119,7 @@ def sample(
     decoder = _Decoder(policy.model, prompts, sampling.max_new_tokens)
     active = torch.arange(rows, device=ids.device)
     reads_last = reader is not None and reader.reads_last
-    with nullcontext() if reader is None else reader.reading(policy.model):
+    with nullcontext() if reader is None else reader.reading(policy.model, logprobs):
         for place in range(sampling.max_new_tokens):
             places = torch.full_like(active, place)
             logits = sampled_logits(decoder.logits, sampling, places=places, eos_ids=policy.eos_ids)

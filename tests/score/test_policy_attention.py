@@ -45,7 +45,7 @@ def respond(
     """Responses to some of the prompts; a prompt draws the same, whichever are with it."""
     longest = sampling.max_new_tokens
     uniforms = torch.rand(len(prompts), longest, generator=torch.Generator().manual_seed(4))[rows]
-    reader = None if request is None else SampledAttention(request, len(uniforms), longest)
+    reader = None if request is None else SampledAttention(request)
     policy = model if isinstance(model, Policy) else Policy(model, ends)
     return sample(policy, prompts_of(*prompts[rows]), sampling, uniforms, pad_id=0, reader=reader)
 
@@ -233,6 +233,13 @@ def test_the_masks_of_flash_attention_are_understood(mode: Any, rows: slice) -> 
     torch.testing.assert_close(attention(found), attention(wanted), atol=1e-5, rtol=0)
 
 
+def reader_of(request: AttentionRequest, rows: int, longest: int) -> SampledAttention:
+    """A reader that has begun to look on at what is no model."""
+    reader = SampledAttention(request)
+    with reader.reading(OneLayer(), torch.zeros(rows, longest)):
+        return reader
+
+
 class OneLayer(nn.Module):
     """A model of nothing but an attention layer."""
 
@@ -280,7 +287,7 @@ def test_the_attention_equals_the_slow_loops(case: int, monkeypatch: pytest.Monk
     query = torch.randn(rows, heads, keys, width, generator=generator)
     key = torch.randn(rows, groups, keys, width, generator=generator)
     options = {"scaling": 0.7, "softcap": softcap, "s_aux": sinks, "sliding_window": window}
-    reader, leaves_at = SampledAttention(request, rows, tokens), draw.randint(1, tokens)
+    reader, leaves_at = reader_of(request, rows, tokens), draw.randint(1, tokens)
     counts = torch.rand(rows, tokens, generator=generator) < 0.7
     counts[0, leaves_at:] = False
     model = OneLayer()
@@ -324,7 +331,7 @@ def test_a_single_row_begins_where_its_positions_or_bounds_say(told: str) -> Non
     """Flash attention takes no mask for one row, and finds its beginning by the positions, or is told it."""
     model = OneLayer()
     model.attention.config = type("Config", (), {"_attn_implementation": "flash_attention_2"})()  # type: ignore[assignment]
-    reader = SampledAttention(MEAN, 1, 4)
+    reader = reader_of(MEAN, 1, 4)
     query, key = torch.zeros(1, 1, 6, 2), torch.zeros(1, 1, 6, 2)
     for place in range(4):  # two keys of another text stand before the sequence
         last = slice(place + 2, place + 3)
@@ -343,7 +350,7 @@ def test_a_bias_of_positions_is_that_of_each_query() -> None:
     generator, tokens = torch.Generator().manual_seed(2), 5
     query, key = torch.randn(2, 2, 2, tokens, 4, generator=generator).unbind()
     bias = torch.randn(1, 2, tokens, tokens, generator=generator)
-    reader = SampledAttention(MEAN, 2, tokens)
+    reader = reader_of(MEAN, 2, tokens)
     for q in range(tokens):
         options = {"scaling": 1.0, "position_bias": bias[:, :, q : q + 1, : q + 1]}
         reader.observe(nn.Identity(), query[:, :, q : q + 1], key[:, :, : q + 1], None, options)
@@ -355,13 +362,16 @@ def test_a_bias_of_positions_is_that_of_each_query() -> None:
 
 def test_a_call_that_is_not_of_a_token_is_replaced_by_the_next() -> None:
     """As of a prompt that is read while the reader looks on, or of a layer that is called twice."""
-    reader, ones = SampledAttention(MEAN, 1, 2), torch.tensor([True])
+    reader, ones = reader_of(MEAN, 1, 2), torch.tensor([True])
     for place in range(2):
         for stray in (True, False):
             query = torch.full((1, 1, 1, 1), 9.0 if stray else 0.0)
             key = torch.arange(place + 2.0)[None, None, :, None]
             reader.observe(nn.Identity(), query, key, None, {"scaling": 1.0})
         reader.gather(torch.arange(1), place, ones)
+    # A stray call that no other could have followed does not spoil the rows before it either.
+    reader.observe(nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 7, 1), None, {"scaling": 1.0})
+    reader.observe(nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 9, 1), None, {"scaling": 1.0})
     assert reader.attention.tolist()[0] == pytest.approx([(1 / 2 + 1 / 3) / 2, 1 / 3], abs=1e-6)
     with pytest.raises(Unseen, match="no attention row was captured"):
         reader.gather(torch.arange(1), 2, ones)
@@ -378,7 +388,7 @@ OFFICIAL = {"mean": [0, 2 / 3, 1 / 6, 1 / 6], "last": [0, 0.6, 0.2, 0.2]}
 def test_the_vectors_of_the_document(mode: Any, legacy: bool, wanted: dict[str, list[float]]) -> None:
     """abc.md section 2: from a map to alpha, teacher-forced and as released."""
     request = request_of(mode, legacy=legacy)
-    reader = SampledAttention(request, 1, 4)
+    reader = reader_of(request, 1, 4)
     for place, row in enumerate(VECTOR[:3] if legacy else VECTOR):
         reader.keep(torch.tensor([1 - sum(row), *row])[None, None, None])
         reader.gather(torch.arange(1), place, torch.tensor([True]))
@@ -401,14 +411,28 @@ def test_no_tensor_of_the_size_of_the_attention_map_is_made() -> None:
 def test_a_policy_that_cannot_be_read_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"layer 3 is not an attention layer.*choose one of \[0, 1, 2\]"):
         respond(make("llama"), AttentionRequest(row="mean", layer=3))
-    with pytest.raises(ValueError, match=r"heads is \(4,\).* 0 to 3"):
-        respond(make("llama"), AttentionRequest(row="mean", heads=(4,)))
+    for family in ("llama", "gptj"):  # at the first token, not with the first block
+        with pytest.raises(ValueError, match=r"heads is \(4,\).* 0 to 3"):
+            respond(
+                make(family), AttentionRequest(row="mean", heads=(4,)), sampling=Sampling(max_new_tokens=2), ends=()
+            )
     with pytest.raises(Unseen, match="FalconAttention returned no attention map"):
         respond(make("falcon", "sdpa"), MEAN)
     model = make("gpt2")
     model.train()
     with pytest.raises(Unseen, match=r"drops out.*call model.eval\(\)"):
         respond(model, MEAN)
+
+
+def test_a_reader_begins_anew_with_every_batch() -> None:
+    reader, model = SampledAttention(MEAN), make("llama")
+    found = []
+    for prompts in (PROMPTS * 3, ([21, 22],), PROMPTS * 3):
+        uniforms = torch.rand(len(prompts), LONGEST, generator=torch.Generator().manual_seed(4))
+        policy = Policy(model, ENDS)
+        found.append(sample(policy, prompts_of(*prompts), SAMPLING, uniforms, pad_id=0, reader=reader))
+    assert attention(found[1]).shape == found[1].response_ids.shape
+    assert torch.equal(attention(found[0]), attention(found[2]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])

@@ -329,7 +329,9 @@ def test_the_policys_attention_takes_no_pass_beside_that_of_sampling(
 
 
 @pytest.mark.parametrize("changes", [{"ppo": PPOConfig(micro_batch_tokens=60)}, {"gradient_checkpointing": True}])
-def test_how_the_policys_attention_is_read_changes_no_number(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_how_the_update_is_made_changes_no_number_under_the_policys_attention(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     for name, more in (("one", {}), ("two", changes)):
         credit = replace(CREDIT, redistribution=PolicyAttention(), termination=EveryToken())
         settings = {"sampling": SAMPLING, "learning_rate": 1e-4, "critic_learning_rate": 1e-4}

@@ -80,8 +80,8 @@ class PolicyAttention(Redistribution):
         share_t         = R * w_t / sum_i w_i
 
     Rows are not renormalised; what the policy pays to the prompt is dropped. In a sliding layer the mean is over the
-    rows whose window holds j. The trainer reads A while it samples, in the pass that gives the log-probabilities. A row
-    without attention keeps its score on the last token, as in `Attention`.
+    rows whose window holds j (GPT-Neo's local layers show none). The trainer reads A while it samples, in the pass that
+    gives the log-probabilities. A row without attention keeps its score on the last token, as in `Attention`.
 
     Attributes:
         beta: The part of the score that is spread, in [0, 1].

@@ -61,8 +61,8 @@ class Listener(ABC):
 def unseen() -> Unseen:
     """Say that a layer has not been seen, and what can be done."""
     return Unseen(
-        "no attention row was captured: run the model inside `with capture_row(model, read_index)`; if it did run, its "
-        f"attention layer bypasses the registered function: {_EAGER}"
+        "no attention row was captured: run the model inside `with capture_row(model, read_index)`, or let it sample; "
+        f"if it did run, its attention layer bypasses the registered function: {_EAGER}"
     )
 
 

@@ -10,7 +10,7 @@ Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which store
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from apportion.batch import AttentionRequest
 from apportion.rollout import AttentionReader
 from apportion.score.attention_columns import weights_of_queries
-from apportion.score.attention_row import head_mean, mask_rows
+from apportion.score.attention_row import check_heads, head_mean, mask_rows
 from apportion.score.attention_tap import Listener, capturing, maps_of, unseen
 
 BLOCK = 8
@@ -37,6 +37,7 @@ class _Query:
         query: (N, H, 1, D) float. Of a call that can be joined with those before and after it.
         mask: (N or 1, h, 1, K) or (N, K), or None, as the call had it.
         positions: (1, 1) int64. Of a single response, where a kernel finds its beginning by them.
+        call: The layer, its keys and the other options of the call; of the last query, which speaks for those before.
         row: (N, 1, K) float32. Mean over heads, of a call that stands alone.
         sees: (N, 1, K) bool. Beside `row`: the keys that it is of.
         counted: (N) bool. Responses that it is a query of; None until that is known.
@@ -46,6 +47,7 @@ class _Query:
     query: Float[Tensor, "N H 1 D"] | None = None
     mask: Tensor | None = None
     positions: Int[Tensor, "1 1"] | None = None
+    call: tuple[nn.Module, Float[Tensor, "N G K D"], dict[str, Any]] | None = None
     row: Float[Tensor, "N 1 K"] | None = None
     sees: Bool[Tensor, "N 1 K"] | None = None
     counted: Bool[Tensor, " N"] | None = None
@@ -58,38 +60,33 @@ class _Query:
         return len(self.query) == len(other.query) and self.keys == other.keys + 1 and kinds[0] == kinds[1]
 
 
-@dataclass
-class _Block:
-    """Queries that follow each other, and what else the last call had."""
+def _rows_of(
+    queries: list[_Query], heads: tuple[int, ...] | None
+) -> tuple[Float[Tensor, "N R K"], Bool[Tensor, "N R K"]]:
+    """Compute the rows of queries that follow each other, mean over heads, and the keys that they see."""
+    last = queries[-1]
+    if last.row is not None and last.sees is not None:
+        return last.row, last.sees
+    assert last.call is not None  # it comes with a query; for the type checker
+    module, key, options = last.call
+    query = torch.cat([x.query for x in queries if x.query is not None], 2)
+    count = query.shape[2]
+    index = torch.arange(count, device=query.device).expand(len(query), -1)
+    positions = [x.positions for x in queries if x.positions is not None]
+    options = options | ({"position_ids": torch.cat(positions, -1)} if positions else {})
+    bias = mask_rows(_mask_of(queries), module, index, count, last.keys, options)
+    weights = weights_of_queries(slice(None), query, key, bias, options, None)
+    return head_mean(weights, heads), (bias > -torch.inf).any(1).expand(len(query), -1, -1)
 
-    queries: list[_Query] = field(default_factory=list)
-    module: nn.Module | None = None
-    key: Float[Tensor, "N G K D"] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
-    def rows(self, heads: tuple[int, ...] | None) -> tuple[Float[Tensor, "N R K"], Bool[Tensor, "N R K"]]:
-        """Compute the rows of all, mean over heads, and the keys that they see."""
-        last = self.queries[-1]
-        if last.row is not None and last.sees is not None:
-            return last.row, last.sees
-        assert self.key is not None  # both come with a query; for the type checker
-        assert self.module is not None
-        query = torch.cat([x.query for x in self.queries if x.query is not None], 2)
-        count = query.shape[2]
-        index = torch.arange(count, device=query.device).expand(len(query), -1)
-        positions = [x.positions for x in self.queries if x.positions is not None]
-        options = self.options | ({"position_ids": torch.cat(positions, -1)} if positions else {})
-        bias = mask_rows(self._mask(last.keys), self.module, index, count, last.keys, options)
-        weights = weights_of_queries(slice(None), query, self.key, bias, options, None)
-        return head_mean(weights, heads), (bias > -torch.inf).any(1).expand(len(query), -1, -1)
-
-    def _mask(self, keys: int) -> Tensor | None:
-        """Join the masks of all; later keys are hidden from earlier queries."""
-        masks = [x.mask for x in self.queries if x.mask is not None]
-        if not masks or masks[-1].ndim == 2:
-            return masks[-1] if masks else None
-        hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
-        return torch.cat([nn.functional.pad(x, (0, keys - x.shape[-1]), value=hidden) for x in masks], 2)
+def _mask_of(queries: list[_Query]) -> Tensor | None:
+    """Join the masks of queries that follow each other; later keys are hidden from earlier ones."""
+    masks = [x.mask for x in queries if x.mask is not None]
+    if not masks or masks[-1].ndim == 2:
+        return masks[-1] if masks else None
+    keys = queries[-1].keys
+    hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+    return torch.cat([nn.functional.pad(x, (0, keys - x.shape[-1]), value=hidden) for x in masks], 2)
 
 
 class SampledAttention(Listener, AttentionReader):
@@ -98,37 +95,34 @@ class SampledAttention(Listener, AttentionReader):
         mean    w_j = sum_{q=j}^{n-1} A[q, j] / |{q that see j}|        A the mean over heads
         last    w_j = A[n-1, j]
 
-    To n-2 instead of n-1 with `request.before_last`.
+    To n-2 instead of n-1 with `request.before_last`. A layer that is read by a hook (GPT-Neo, GPT-J, Bloom) shows no
+    mask: there every q from j on counts, which differs in a local layer of GPT-Neo only.
 
     Attributes:
-        request: Layer, heads, and which queries.
+        request: Layer, heads, and which queries; "read" is the last one.
         reads_last: Whether the last token of a response is a query.
     """
 
-    def __init__(self, request: AttentionRequest, rows: int, longest: int, device: torch.device | str = "cpu") -> None:
-        """Begin.
-
-        Args:
-            request: Layer, heads, and which queries; "read" is the last one.
-            rows: B.
-            longest: Tokens of the longest response that can be, M.
-            device: Of the responses.
-        """
+    def __init__(self, request: AttentionRequest) -> None:
         self.request, self.reads_last = request, not request.before_last
-        self._total, self._seen = torch.zeros(2, rows, longest, device=device)
-        self._block = _Block()
-        self._rows, self._place = torch.arange(rows, device=device), 0
+        self._begin(torch.empty(0, 0))
 
     @contextmanager
-    def reading(self, model: nn.Module) -> Iterator[None]:
-        """Look on while the model runs.
+    def reading(self, model: nn.Module, logprobs: Float[Tensor, "B M"]) -> Iterator[None]:
+        """Look on while the model runs; what was read before is forgotten.
 
         Raises:
-            ValueError: If the model has no attention layer of that number.
+            ValueError: If the model has no attention layer or head of a number.
             RuntimeError: If the model drops out, or this layer is being captured already.
         """
+        self._begin(logprobs)
         with capturing(model, self, self.request.layer):
             yield
+
+    def _begin(self, like: Float[Tensor, "B M"]) -> None:
+        self._total, self._seen = torch.zeros_like(like), torch.zeros_like(like)
+        self._queries: list[_Query] = []
+        self._rows, self._place = torch.arange(len(like), device=like.device), 0
 
     @torch.no_grad()
     def gather(self, rows: Int[Tensor, " N"], place: int, counted: Bool[Tensor, " N"]) -> None:
@@ -142,10 +136,12 @@ class SampledAttention(Listener, AttentionReader):
         Raises:
             RuntimeError: If the layer has not run since the last time.
         """
-        queries = self._block.queries
+        queries = self._queries
         if not queries or queries[-1].counted is not None:
             raise unseen()
         queries[-1].counted = counted
+        if len(queries) > 1:
+            queries[-2].call = None
         self._rows, self._place = rows, place
         if len(queries) == BLOCK:
             self._add()
@@ -153,6 +149,7 @@ class SampledAttention(Listener, AttentionReader):
     @property
     def attention(self) -> Float[Tensor, "B M"]:
         """Attention to each token of each response; 0 where no query of the response sees it."""
+        self._drop_uncounted()
         self._add()
         return self._total / self._seen.clamp(min=1)
 
@@ -166,6 +163,7 @@ class SampledAttention(Listener, AttentionReader):
         result: Any = None,
     ) -> None:
         """See the call of an attention function; its last query counts."""
+        check_heads(self.request.heads, query.shape[1])
         maps, count, keys = maps_of(result, query, key), query.shape[2], key.shape[2]
         if maps is None and not isinstance(mask, BlockMask) and options.get("position_bias") is None:
             positions = options.get("position_ids") if len(query) == 1 else None
@@ -174,6 +172,7 @@ class SampledAttention(Listener, AttentionReader):
                 query=query[:, :, -1:],
                 mask=mask[:, :, -1:, :keys] if mask is not None and mask.ndim == 4 else mask,
                 positions=None if positions is None else positions[..., -1:],
+                call=(module, key, options),
             )
         else:
             index = torch.full((len(query), 1), count - 1, device=query.device)
@@ -182,7 +181,6 @@ class SampledAttention(Listener, AttentionReader):
             row = head_mean(weights, self.request.heads)
             new = _Query(keys=keys, row=row, sees=(bias > -torch.inf).any(1).expand_as(row))
         self._append(new)
-        self._block.module, self._block.key, self._block.options = module, key, options
 
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
         """See full maps; a hooked layer shows no mask, so that the last query sees all there is."""
@@ -191,20 +189,22 @@ class SampledAttention(Listener, AttentionReader):
 
     def _append(self, new: _Query) -> None:
         """Put a query behind those before it, or in their place where no call could have had both."""
-        queries = self._block.queries
-        if queries and queries[-1].counted is None:
-            queries.pop()  # what has run since was not of a token that counts
-        if queries and not new.follows(queries[-1]):
+        self._drop_uncounted()
+        if self._queries and not new.follows(self._queries[-1]):
             self._add()
-        self._block.queries.append(new)
+        self._queries.append(new)
+
+    def _drop_uncounted(self) -> None:
+        """Forget a run of the layer that was of no token which counts."""
+        if self._queries and self._queries[-1].counted is None:
+            self._queries.pop()
 
     def _add(self) -> None:
-        """Add the rows of the block to the columns of their responses."""
-        chosen = [x.counted for x in self._block.queries if x.counted is not None]
-        if not chosen:
+        """Add the rows of the queries to the columns of their responses."""
+        if not self._queries:
             return
-        rows, sees = self._block.rows(self.request.heads)
-        counted = torch.stack(chosen, 1)
+        rows, sees = _rows_of(self._queries, self.request.heads)
+        counted = torch.stack([x.counted for x in self._queries if x.counted is not None], 1)
         width = min(self._place + 1, rows.shape[2])  # a sliding layer may hold fewer keys
         columns = slice(self._place + 1 - width, self._place + 1)
         if self.request.row == "mean":
@@ -217,4 +217,4 @@ class SampledAttention(Listener, AttentionReader):
             whole = torch.zeros(len(rows), self._total.shape[1], device=counted.device)
             whole[:, columns] = row[:, -width:]
             self._total[self._rows] = torch.where(newest[:, None] >= 0, whole, self._total[self._rows])
-        self._block = _Block()
+        self._queries = []

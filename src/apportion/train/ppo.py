@@ -200,20 +200,15 @@ class PPOTrainer:
         for_credit: dict[str, Any] = {}
         if total is None:  # credit is assigned in training only
             first, total = self.accelerator.process_index * rows, self.args.batch_size
-            for_credit = {"with_entropies": "entropies" in self.termination.needs, "reader": self._reader(prompts)}
+            request = needs_of(self.args.credit.redistribution).policy_attention
+            for_credit = {
+                "with_entropies": "entropies" in self.termination.needs,
+                "reader": None if request is None else SampledAttention(request),
+            }
         uniforms = torch.rand(total, sampling.max_new_tokens, generator=numbers)[first : first + rows]
         policy = self.accelerator.unwrap_model(self.policy.module)
         with evaluating(policy), self.accelerator.autocast():
             return sample(policy, prompts, sampling, uniforms, pad_id=self.prompts.pad_id, **for_credit)
-
-    def _reader(self, prompts: Prompts) -> SampledAttention | None:
-        """Prepare to read the policy's attention to its responses, where credit follows it."""
-        request = needs_of(self.args.credit.redistribution).policy_attention
-        if request is None:
-            return None
-        return SampledAttention(
-            request, len(prompts.prompt_ids), self.args.sampling.max_new_tokens, prompts.prompt_ids.device
-        )
 
     def complete(
         self, prompts: Prompts, responses: Responses, *, with_values: bool = True, to_learn: bool = False
