@@ -11,7 +11,7 @@ from apportion.data.tasks import PLACES
 from command_line import apportion, metrics_but_times, read_jsonl, refusal
 
 SIZES = FunctionsData(sft=2048, prompts=256, prompts_eval=96)
-SHORT = ("--num_steps", "12", "--batch_size", "32", "--eval_steps", "12", "--learning_rate", "1e-3")
+SHORT = ("--num_steps", "12", "--batch_size", "32", "--eval_steps", "12", "--learning_rate", "5e-4")
 CHOICE = ("--credit.termination", "CodeParse", "--credit.redistribution", "ErrorLine")
 
 

@@ -38,7 +38,6 @@ from apportion.train.learner import (
     tokenizer_of,
     with_adapters,
 )
-from apportion.train.memory import kept_memory
 from apportion.train.metrics import batch_metrics
 from apportion.train.progress import Stopwatch, progress
 from apportion.train.reading import begins_with_last
@@ -152,7 +151,7 @@ class PPOTrainer:
                 checkpoint is written first).
             Diverged: If too many steps in a row had a loss or gradient that was not finite.
         """
-        with self.termination, kept_memory(self.accelerator.device):
+        with self.termination:
             self._train()
 
     def _train(self) -> None:
