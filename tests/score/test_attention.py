@@ -23,7 +23,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from apportion.batch import AttentionRequest
 from apportion.score.attention import CapturedRow, capture_row, check_request
-from apportion.score.attention_row import attention_row, mask_row, visible_keys
+from apportion.score.attention_row import attention_row, mask_rows, visible_keys
 from apportion.score.attention_tap import find_attention
 from attention_maps import (
     EAGER,
@@ -226,8 +226,8 @@ def test_a_flex_block_mask_hides_the_same_keys_as_a_bool_mask() -> None:
     read_index = torch.tensor([19, 14, 12])
     block = create_block_mask(visible, B=3, H=None, Q_LEN=TOKENS, KV_LEN=TOKENS, device="cpu")
     dense = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & padding[:, None, None]
-    expected = mask_row(dense, nn.Identity(), read_index, TOKENS, TOKENS, {})
-    assert torch.equal(mask_row(block, nn.Identity(), read_index, TOKENS, TOKENS, {}), expected)
+    expected = mask_rows(dense, nn.Identity(), read_index[:, None], TOKENS, TOKENS, {})
+    assert torch.equal(mask_rows(block, nn.Identity(), read_index[:, None], TOKENS, TOKENS, {}), expected)
 
 
 def test_sequences_packed_for_flash_attention_do_not_see_each_other() -> None:
@@ -240,7 +240,7 @@ def test_sequences_packed_for_flash_attention_do_not_see_each_other() -> None:
         {"cu_seq_lens_k": torch.tensor([0, 3, 7], dtype=torch.int32)},
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])},
     ):
-        assert torch.equal(mask_row(None, attention, torch.tensor([5]), 7, 7, options), expected)
+        assert torch.equal(mask_rows(None, attention, torch.tensor([[5]]), 7, 7, options)[:, :, 0], expected)
 
 
 def test_a_window_counts_the_querys_own_key() -> None:

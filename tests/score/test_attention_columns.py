@@ -18,6 +18,7 @@ from apportion import AttentionRequest, PolicyAttention, Scores
 from apportion.score import attention_columns
 from apportion.score.attention_columns import CapturedColumns, capture_attention, capture_columns
 from apportion.score.attention_row import visible_keys
+from apportion.score.attention_tap import AttentionCall
 from attention_maps import (
     EAGER,
     GROUPED,
@@ -39,7 +40,7 @@ ANSWER = 7  # columns at the end that hold the response
 
 def show(captured: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
     """Let a capture see a layer's arguments without a model."""
-    captured.observe(module, query, key, mask, options)
+    captured.observe(AttentionCall(module=module, query=query, key=key, mask=mask, options=options))
 
 
 def answer_of(inputs: dict[str, Tensor]) -> Tensor:
@@ -114,11 +115,9 @@ def test_autocast_leaves_the_weights_in_float32() -> None:
     seen: dict[str, Tensor] = {}
 
     class Spy(CapturedColumns):
-        def of_call(
-            self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict, maps: Tensor | None
-        ) -> Tensor:
-            seen.update(query=query, key=key)
-            return super().of_call(module, query, key, mask, options, maps)
+        def of_call(self, call: AttentionCall) -> Tensor:
+            seen.update(query=call.query, key=call.key)
+            return super().of_call(call)
 
     captured = Spy(answer)
     with attention_columns.capturing(model, captured, None), torch.autocast("cpu", torch.bfloat16):

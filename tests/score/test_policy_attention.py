@@ -2,6 +2,7 @@
 
 import functools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from apportion.models import Policy
 from apportion.rollout import Responses, sample
 from apportion.score import policy_attention
 from apportion.score.attention_row import visible_keys
-from apportion.score.attention_tap import Unseen
+from apportion.score.attention_tap import AttentionCall, Listener, Unseen
 from apportion.score.policy_attention import SampledAttention
 from attention_maps import EAGER, HOOKED, LAYER, SDPA, LargestTensor, make
 from batches import mask_of_lengths, random_rollout
@@ -233,6 +234,11 @@ def test_the_masks_of_flash_attention_are_understood(mode: Any, rows: slice) -> 
     torch.testing.assert_close(attention(found), attention(wanted), atol=1e-5, rtol=0)
 
 
+def show(listener: Listener, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+    """Let a listener see a layer's arguments without a model."""
+    listener.observe(AttentionCall(module=module, query=query, key=key, mask=mask, options=options))
+
+
 def reader_of(request: AttentionRequest, rows: int, longest: int) -> SampledAttention:
     """A reader that has begun to look on at what is no model."""
     reader = SampledAttention(request)
@@ -247,6 +253,7 @@ class OneLayer(nn.Module):
         """Found by its name and number."""
 
         layer_idx = 0
+        config: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +304,7 @@ def test_the_attention_equals_the_slow_loops(case: int, monkeypatch: pytest.Monk
         trimmed = slice(max(0, q - 2), q + 1) if window and kind != "padding" and case % 2 else slice(0, q + 1)
         seen = sees[active, q : q + 1, trimmed]
         mask = masks_of(kind, seen, padding[active], q)
-        reader.observe(model.attention, query[active, :, q : q + 1], key[active][:, :, trimmed], mask, options)
+        show(reader, model.attention, query[active, :, q : q + 1], key[active][:, :, trimmed], mask, options)
         reader.gather(active, place, counts[active, place])
     found = reader.attention
     for b in range(rows):
@@ -330,7 +337,7 @@ def test_the_attention_equals_the_slow_loops(case: int, monkeypatch: pytest.Monk
 def test_a_single_row_begins_where_its_positions_or_bounds_say(told: str) -> None:
     """Flash attention takes no mask for one row, and finds its beginning by the positions, or is told it."""
     model = OneLayer()
-    model.attention.config = type("Config", (), {"_attn_implementation": "flash_attention_2"})()  # type: ignore[assignment]
+    model.attention.config = SimpleNamespace(_attn_implementation="flash_attention_2")
     reader = reader_of(MEAN, 1, 4)
     query, key = torch.zeros(1, 1, 6, 2), torch.zeros(1, 1, 6, 2)
     for place in range(4):  # two keys of another text stand before the sequence
@@ -339,7 +346,7 @@ def test_a_single_row_begins_where_its_positions_or_bounds_say(told: str) -> Non
             "positions": {"position_ids": torch.tensor([[place]])},
             "bounds": {"cu_seq_lens_k": torch.tensor([0, 2, place + 3])},
         }[told]
-        reader.observe(model.attention, query[:, :, last], key[:, :, : place + 3], None, options)
+        show(reader, model.attention, query[:, :, last], key[:, :, : place + 3], None, options)
         reader.gather(torch.arange(1), place, torch.tensor([True]))
     rows = [1, 1 / 2, 1 / 3, 1 / 4]
     wanted = [sum(rows[j:]) / (4 - j) for j in range(4)]
@@ -353,7 +360,7 @@ def test_a_bias_of_positions_is_that_of_each_query() -> None:
     reader = reader_of(MEAN, 2, tokens)
     for q in range(tokens):
         options = {"scaling": 1.0, "position_bias": bias[:, :, q : q + 1, : q + 1]}
-        reader.observe(nn.Identity(), query[:, :, q : q + 1], key[:, :, : q + 1], None, options)
+        show(reader, nn.Identity(), query[:, :, q : q + 1], key[:, :, : q + 1], None, options)
         reader.gather(torch.arange(2), q, torch.ones(2, dtype=torch.bool))
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     maps = (query @ key.mT + bias).masked_fill(~causal, -torch.inf).softmax(-1).mean(1)
@@ -367,11 +374,11 @@ def test_a_call_that_is_not_of_a_token_is_replaced_by_the_next() -> None:
         for stray in (True, False):
             query = torch.full((1, 1, 1, 1), 9.0 if stray else 0.0)
             key = torch.arange(place + 2.0)[None, None, :, None]
-            reader.observe(nn.Identity(), query, key, None, {"scaling": 1.0})
+            show(reader, nn.Identity(), query, key, None, {"scaling": 1.0})
         reader.gather(torch.arange(1), place, ones)
     # A stray call that no other could have followed does not spoil the rows before it either.
-    reader.observe(nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 7, 1), None, {"scaling": 1.0})
-    reader.observe(nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 9, 1), None, {"scaling": 1.0})
+    show(reader, nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 7, 1), None, {"scaling": 1.0})
+    show(reader, nn.Identity(), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 9, 1), None, {"scaling": 1.0})
     assert reader.attention.tolist()[0] == pytest.approx([(1 / 2 + 1 / 3) / 2, 1 / 3], abs=1e-6)
     with pytest.raises(Unseen, match="no attention row was captured"):
         reader.gather(torch.arange(1), 2, ones)

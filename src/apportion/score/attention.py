@@ -11,17 +11,15 @@ Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which reads the ro
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from apportion.batch import AttentionRequest
 from apportion.models import hidden_states
-from apportion.score.attention_row import attention_row, check_heads, head_mean, mask_row, take_queries
-from apportion.score.attention_tap import Listener, Unseen, capturing, find_attention, maps_of, unseen
+from apportion.score.attention_row import attention_row, check_heads, head_mean, take_queries
+from apportion.score.attention_tap import AttentionCall, Listener, Unseen, capturing, find_attention, unseen
 
 
 class Captured(Listener):
@@ -40,33 +38,17 @@ class Captured(Listener):
             raise unseen()
         return self._weights
 
-    def observe(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        result: Any = None,
-    ) -> None:
+    def observe(self, call: AttentionCall) -> None:
         """Compute the weights from the call of an attention function; a later call replaces an earlier one."""
-        self._weights = self.of_call(module, query, key, mask, options, maps_of(result, query, key))
+        self._weights = self.of_call(call)
 
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
         """Take the weights from full maps that an eager layer has formed anyway."""
         self._weights = self.of_maps(maps)
 
     @abstractmethod
-    def of_call(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        maps: Float[Tensor, "B H Q K"] | None,
-    ) -> Float[Tensor, "B K"]:
-        """Compute the weights from what an attention function is called with, and from its maps if it forms them."""
+    def of_call(self, call: AttentionCall) -> Float[Tensor, "B K"]:
+        """Compute the weights from what an attention function is called with, or take them from its maps."""
 
     @abstractmethod
     def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
@@ -98,31 +80,14 @@ class CapturedRow(Captured):
         """
         return self.weights
 
-    def of_call(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        maps: Float[Tensor, "B H Q K"] | None,
-    ) -> Float[Tensor, "B K"]:
+    def of_call(self, call: AttentionCall) -> Float[Tensor, "B K"]:
         """Compute the row of one query, or take it from the maps."""
-        index = self._columns(query.shape[0], query.shape[2], query.device)
-        bias = mask_row(mask, module, index, query.shape[2], key.shape[2], options)
-        if maps is not None:
-            row = take_queries(maps, index[:, None], *maps.shape[2:])
-            return head_mean(row.masked_fill(bias[:, :, None] == -torch.inf, 0), self.heads)[:, 0]
-        return attention_row(
-            query,
-            key,
-            index,
-            bias,
-            heads=self.heads,
-            scaling=options.get("scaling"),
-            softcap=options.get("softcap"),
-            sinks=options.get("s_aux"),
-        )
+        index = self._columns(call.query.shape[0], call.query.shape[2], call.query.device)
+        bias = call.bias(index[:, None])
+        if call.maps is not None:
+            row = take_queries(call.maps, index[:, None], *call.maps.shape[2:])
+            return head_mean(row.masked_fill(bias == -torch.inf, 0), self.heads)[:, 0]
+        return attention_row(call.query, call.key, index, bias[:, :, 0], heads=self.heads, **call.arithmetic)
 
     def of_maps(self, maps: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B K"]:
         """Take the row of one query."""

@@ -8,18 +8,16 @@ Source: Chan et al., 2024 (https://arxiv.org/abs/2402.00782), ABC-D.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from apportion.batch import AttentionRequest
 from apportion.masked import is_last, last_index
 from apportion.score.attention import Captured, capture_row
-from apportion.score.attention_row import attention_weights, head_mean, mask_rows
-from apportion.score.attention_tap import capturing
+from apportion.score.attention_row import head_mean
+from apportion.score.attention_tap import AttentionCall, capturing
 
 BLOCK = 2**22
 """Attention weights that are held at once: 16 MiB in float32."""
@@ -43,26 +41,17 @@ class CapturedColumns(Captured):
         used = rows.any(0).nonzero()[:, 0].tolist()
         self._first, self._stop = (used[0], used[-1] + 1) if used else (0, 0)
 
-    def of_call(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        maps: Float[Tensor, "B H Q K"] | None,
-    ) -> Float[Tensor, "B K"]:
+    def of_call(self, call: AttentionCall) -> Float[Tensor, "B K"]:
         """Add up blocks of rows, computed or taken from the maps; O(K) memory beside a block."""
-        rows, keys = self._rows_of(query), key.shape[2]
-        total, seen = torch.zeros(2, len(rows), keys, device=query.device)
-        block = max(1, BLOCK // (query.shape[1] * total.numel()))
+        rows = self._rows_of(call.query)
+        total, seen = torch.zeros(2, len(rows), call.key.shape[2], device=rows.device)
+        block = max(1, BLOCK // (call.query.shape[1] * total.numel()))
         for first in range(self._first, self._stop, block):
-            index = torch.arange(first, min(first + block, self._stop), device=query.device).expand(len(rows), -1)
-            bias = mask_rows(mask, module, index, query.shape[2], keys, options)
-            block_of = slice(first, first + index.shape[1])
-            weights = weights_of_queries(block_of, query, key, bias, options, maps)
+            block_of = slice(first, min(first + block, self._stop))
+            index = torch.arange(block_of.start, block_of.stop, device=rows.device).expand(len(rows), -1)
+            bias = call.bias(index)
             counted = rows[:, block_of, None]
-            total += torch.where(counted, head_mean(weights, self.heads), 0).sum(1)
+            total += torch.where(counted, head_mean(call.weights(block_of, bias), self.heads), 0).sum(1)
             seen += (counted & (bias > -torch.inf).any(1)).sum(1)
         return total / seen.clamp(min=1)
 
@@ -80,33 +69,6 @@ class CapturedColumns(Captured):
         if self.rows.shape != shape:
             raise ValueError(f"rows has shape {tuple(self.rows.shape)}, the model's input {shape}: give one for each")
         return self.rows.to(of_queries.device)
-
-
-def weights_of_queries(
-    queries: slice,
-    query: Float[Tensor, "B H Q D"],
-    key: Float[Tensor, "B G K D"],
-    bias: Float[Tensor, "B h R K"],
-    options: dict[str, Any],
-    maps: Float[Tensor, "B H Q K"] | None,
-) -> Float[Tensor, "B H R K"]:
-    """Compute the attention of some queries from the call of an attention function, or take it from its maps.
-
-    Args:
-        queries: R of them.
-        query: (B, H, Q, D) float.
-        key: (B, G, K, D) float.
-        bias: (B, h, R, K) float32. See `mask_rows`.
-        options: The other keyword arguments of the call.
-        maps: (B, H, Q, K) float, if the function forms them.
-
-    Returns:
-        (B, H, R, K) float. Exactly zero on hidden keys.
-    """
-    if maps is not None:
-        return maps[:, :, queries].masked_fill(bias == -torch.inf, 0)
-    scaling, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
-    return attention_weights(query[:, :, queries], key, bias, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 @contextmanager

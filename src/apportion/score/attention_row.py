@@ -120,18 +120,6 @@ def check_heads(heads: tuple[int, ...] | None, count: int) -> None:
         raise ValueError(f"heads is {heads}, the attention layer has heads 0 to {count - 1}: choose among them")
 
 
-def mask_row(
-    mask: Tensor | BlockMask | None,
-    module: nn.Module,
-    read_index: Int[Tensor, "B"],
-    queries: int,
-    keys: int,
-    options: dict[str, Any],
-) -> Float[Tensor, "B h K"]:
-    """Turn the mask that an attention function was given into what one query of each row may see; see `mask_rows`."""
-    return mask_rows(mask, module, read_index[:, None], queries, keys, options)[:, :, 0]
-
-
 def mask_rows(
     mask: Tensor | BlockMask | None,
     module: nn.Module,

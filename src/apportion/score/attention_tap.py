@@ -11,17 +11,21 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from apportion.score.attention_row import attention_weights, mask_rows
+
 _CAPTURE = "_apportion_captured"
 _EAGER = "load the model with attn_implementation='eager', or write that into its config.json"
 _FULL_ATTENTION = ("full_attention", "global")
+_ARITHMETIC = {"scaling": "scaling", "softcap": "softcap", "sinks": "s_aux"}
 _lock = threading.Lock()
 
 
@@ -29,29 +33,63 @@ class Unseen(RuntimeError):
     """The attention of a model cannot be read."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """What an attention function is called with.
+
+    Attributes:
+        module: The attention layer.
+        query: (B, H, Q, D) float. After rotary embedding and norms.
+        key: (B, G, K, D) float. As the query, with cached keys first.
+        mask: Any mask that transformers hands to a kernel.
+        options: The other keyword arguments of the call.
+        maps: (B, H, Q, K) float, where the function forms them.
+    """
+
+    module: nn.Module
+    query: Float[Tensor, "B H Q D"]
+    key: Float[Tensor, "B G K D"]
+    mask: Tensor | BlockMask | None
+    options: dict[str, Any] = field(default_factory=dict)
+    maps: Float[Tensor, "B H Q K"] | None = None
+
+    def bias(self, index: Int[Tensor, "B R"]) -> Float[Tensor, "B h R K"]:
+        """Say what some queries of each row may see; see `mask_rows`.
+
+        Args:
+            index: (B, R) int64. Queries of each row.
+
+        Returns:
+            (B, h, R, K) float32. 0 or a bias on visible keys, -inf on hidden ones.
+        """
+        return mask_rows(self.mask, self.module, index, self.query.shape[2], self.key.shape[2], self.options)
+
+    def weights(self, queries: slice, bias: Float[Tensor, "B h R K"]) -> Float[Tensor, "B H R K"]:
+        """Compute the attention of some queries, or take it from the maps.
+
+        Args:
+            queries: R of them, the same of each row.
+            bias: (B, h, R, K) float32. Theirs.
+
+        Returns:
+            (B, H, R, K) float. Exactly zero on hidden keys.
+        """
+        if self.maps is not None:
+            return self.maps[:, :, queries].masked_fill(bias == -torch.inf, 0)
+        return attention_weights(self.query[:, :, queries], self.key, bias, **self.arithmetic)
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What `attention_weights` has to know of the options."""
+        return {name: self.options.get(theirs) for name, theirs in _ARITHMETIC.items()}
+
+
 class Listener(ABC):
     """What is shown the calls of one attention layer while `capturing`."""
 
     @abstractmethod
-    def observe(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        result: Any = None,
-    ) -> None:
-        """See the call of an attention function.
-
-        Args:
-            module: The attention layer.
-            query: (B, H, Q, D) float.
-            key: (B, G, K, D) float.
-            mask: Any mask that transformers hands to a kernel.
-            options: The other keyword arguments of the call.
-            result: What the function returned, with or without its maps.
-        """
+    def observe(self, call: AttentionCall) -> None:
+        """See the call of an attention function."""
 
     @abstractmethod
     def keep(self, maps: Float[Tensor, "B H Q K"]) -> None:
@@ -212,21 +250,21 @@ class _Tap:
         result = self.function(module, query, key, value, attention_mask, *args, **kwargs)
         captured = getattr(module, _CAPTURE, None)
         if captured is not None:
-            _show_uncompiled(captured, module, query, key, attention_mask, kwargs, result)
+            _show_uncompiled(captured, result, module=module, query=query, key=key, mask=attention_mask, options=kwargs)
         return result
 
 
 @torch.no_grad()
-def _show(captured: Listener, *call: Any) -> None:
+def _show(captured: Listener, result: Any, **call: Any) -> None:
     """Let a listener see a call, without a gradient."""
-    captured.observe(*call)
+    captured.observe(AttentionCall(**call, maps=_maps_of(result, call["query"], call["key"])))
 
 
 # A compiled model breaks its graph there, and only while it is captured.
 _show_uncompiled: Any = torch.compiler.disable(_show)
 
 
-def maps_of(result: Any, query: Float[Tensor, "B H Q D"], key: Float[Tensor, "B G K D"]) -> Tensor | None:
+def _maps_of(result: Any, query: Float[Tensor, "B H Q D"], key: Float[Tensor, "B G K D"]) -> Tensor | None:
     """Return the maps that an attention function has formed; eager ones do, others return None or something smaller."""
     maps = result[1] if isinstance(result, tuple) and len(result) > 1 else None
     whole = (*query.shape[:3], key.shape[2])

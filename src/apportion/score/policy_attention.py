@@ -10,8 +10,7 @@ Source: ABC-D, Chan et al., 2024 (https://arxiv.org/abs/2402.00782), which store
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,9 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from apportion.batch import AttentionRequest
 from apportion.rollout import AttentionReader
-from apportion.score.attention_columns import weights_of_queries
-from apportion.score.attention_row import check_heads, head_mean, mask_rows
-from apportion.score.attention_tap import Listener, capturing, maps_of, unseen
+from apportion.score.attention_row import check_heads, head_mean
+from apportion.score.attention_tap import AttentionCall, Listener, capturing, unseen
 
 BLOCK = 8
 """Queries whose rows are computed at once: the arithmetic of one is less than what it takes to begin it."""
@@ -37,7 +35,7 @@ class _Query:
         query: (N, H, 1, D) float. Of a call that can be joined with those before and after it.
         mask: (N or 1, h, 1, K) or (N, K), or None, as the call had it.
         positions: (1, 1) int64. Of a single response, where a kernel finds its beginning by them.
-        call: The layer, its keys and the other options of the call; of the last query, which speaks for those before.
+        call: What the layer was called with; of the last query, which speaks for those before.
         row: (N, 1, K) float32. Mean over heads, of a call that stands alone.
         sees: (N, 1, K) bool. Beside `row`: the keys that it is of.
         counted: (N) bool. Responses that it is a query of; None until that is known.
@@ -47,7 +45,7 @@ class _Query:
     query: Float[Tensor, "N H 1 D"] | None = None
     mask: Tensor | None = None
     positions: Int[Tensor, "1 1"] | None = None
-    call: tuple[nn.Module, Float[Tensor, "N G K D"], dict[str, Any]] | None = None
+    call: AttentionCall | None = None
     row: Float[Tensor, "N 1 K"] | None = None
     sees: Bool[Tensor, "N 1 K"] | None = None
     counted: Bool[Tensor, " N"] | None = None
@@ -68,15 +66,12 @@ def _rows_of(
     if last.row is not None and last.sees is not None:
         return last.row, last.sees
     assert last.call is not None  # it comes with a query; for the type checker
-    module, key, options = last.call
     query = torch.cat([x.query for x in queries if x.query is not None], 2)
-    count = query.shape[2]
-    index = torch.arange(count, device=query.device).expand(len(query), -1)
     positions = [x.positions for x in queries if x.positions is not None]
-    options = options | ({"position_ids": torch.cat(positions, -1)} if positions else {})
-    bias = mask_rows(_mask_of(queries), module, index, count, last.keys, options)
-    weights = weights_of_queries(slice(None), query, key, bias, options, None)
-    return head_mean(weights, heads), (bias > -torch.inf).any(1).expand(len(query), -1, -1)
+    options = last.call.options | ({"position_ids": torch.cat(positions, -1)} if positions else {})
+    call = replace(last.call, query=query, mask=_mask_of(queries), options=options)
+    bias = call.bias(torch.arange(len(queries), device=query.device).expand(len(query), -1))
+    return head_mean(call.weights(slice(None), bias), heads), (bias > -torch.inf).any(1).expand(len(query), -1, -1)
 
 
 def _mask_of(queries: list[_Query]) -> Tensor | None:
@@ -153,32 +148,23 @@ class SampledAttention(Listener, AttentionReader):
         self._add()
         return self._total / self._seen.clamp(min=1)
 
-    def observe(
-        self,
-        module: nn.Module,
-        query: Float[Tensor, "B H Q D"],
-        key: Float[Tensor, "B G K D"],
-        mask: Tensor | BlockMask | None,
-        options: dict[str, Any],
-        result: Any = None,
-    ) -> None:
+    def observe(self, call: AttentionCall) -> None:
         """See the call of an attention function; its last query counts."""
-        check_heads(self.request.heads, query.shape[1])
-        maps, count, keys = maps_of(result, query, key), query.shape[2], key.shape[2]
-        if maps is None and not isinstance(mask, BlockMask) and options.get("position_bias") is None:
-            positions = options.get("position_ids") if len(query) == 1 else None
+        heads, keys, mask = self.request.heads, call.key.shape[2], call.mask
+        check_heads(heads, call.query.shape[1])
+        if call.maps is None and not isinstance(mask, BlockMask) and call.options.get("position_bias") is None:
+            positions = call.options.get("position_ids") if len(call.query) == 1 else None
             new = _Query(
                 keys=keys,
-                query=query[:, :, -1:],
+                query=call.query[:, :, -1:],
                 mask=mask[:, :, -1:, :keys] if mask is not None and mask.ndim == 4 else mask,
                 positions=None if positions is None else positions[..., -1:],
-                call=(module, key, options),
+                call=call,
             )
         else:
-            index = torch.full((len(query), 1), count - 1, device=query.device)
-            bias = mask_rows(mask, module, index, count, keys, options)
-            weights = weights_of_queries(slice(count - 1, count), query, key, bias, options, maps)
-            row = head_mean(weights, self.request.heads)
+            last = call.query.shape[2] - 1
+            bias = call.bias(torch.full((len(call.query), 1), last, device=call.query.device))
+            row = head_mean(call.weights(slice(last, last + 1), bias), heads)
             new = _Query(keys=keys, row=row, sees=(bias > -torch.inf).any(1).expand_as(row))
         self._append(new)
 
