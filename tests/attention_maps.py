@@ -1,6 +1,6 @@
 """Tiny models with attention that is worth reading, and the maps that captures are held against."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import reference
 
 TOKENS = 20
 LENGTHS = (20, 13, 9)
@@ -125,6 +127,29 @@ def dense_maps(arguments: dict[str, Any]) -> Tensor:
         sinks = options["s_aux"].float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
     return scores.softmax(dim=-1)
+
+
+def slow_mean_map(
+    query: Tensor,
+    key: Tensor,
+    heads: tuple[int, ...] | None,
+    sees: Callable[[int, int], bool],
+    sinks: Tensor | None,
+    **options: Any,
+) -> list[list[float]]:
+    """The mean map of one row's heads, (H, Q, D) and (G, K, D), by loops over Python's numbers."""
+    repeats = len(query) // len(key)
+    maps = [
+        reference.attention_map(
+            query[h].tolist(),
+            key[h // repeats].tolist(),
+            sees=sees,
+            sink=None if sinks is None else float(sinks[h]),
+            **options,
+        )
+        for h in heads or range(len(query))
+    ]
+    return reference.mean_map(maps)
 
 
 @contextmanager

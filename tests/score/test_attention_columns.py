@@ -31,6 +31,7 @@ from attention_maps import (
     make,
     padded,
     recorded,
+    slow_mean_map,
 )
 from batches import mask_of_lengths, random_rollout
 
@@ -200,24 +201,14 @@ def test_the_means_equal_the_slow_loops(case: int, monkeypatch: pytest.MonkeyPat
     captured, arguments, options, visible, sinks = random_case(case)
     show(captured, nn.Identity(), *(arguments[name] for name in ("query", "key", "mask", "options")))
     query, key = arguments["query"].double(), arguments["key"].double()
-    heads, repeats = query.shape[1], query.shape[1] // key.shape[1]
     for b in range(2):
 
         def sees(q: int, k: int, b: int = b) -> bool:
             return visible[b][q][k]
 
-        maps = [
-            reference.attention_map(
-                query[b, h].tolist(),
-                key[b, h // repeats].tolist(),
-                sees=sees,
-                sink=None if sinks is None else float(sinks[h]),
-                **options,
-            )
-            for h in captured.heads or range(heads)
-        ]
+        mean = slow_mean_map(query[b], key[b], captured.heads, sees, sinks, **options)
         counted = [q for q, counts in enumerate(captured.rows[b].tolist()) if counts]
-        wanted = reference.column_means(reference.mean_map(maps), counted, sees)
+        wanted = reference.column_means(mean, counted, sees)
         assert captured.weights[b].tolist() == pytest.approx(wanted, abs=1e-5)
 
 

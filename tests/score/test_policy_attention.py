@@ -22,7 +22,7 @@ from apportion.score import policy_attention
 from apportion.score.attention_row import visible_keys
 from apportion.score.attention_tap import AttentionCall, Listener, Unseen
 from apportion.score.policy_attention import SampledAttention
-from attention_maps import EAGER, HOOKED, LAYER, SDPA, LargestTensor, make
+from attention_maps import EAGER, HOOKED, LAYER, SDPA, LargestTensor, make, slow_mean_map
 from batches import mask_of_lengths, random_rollout
 from families import causal, prompts_of
 
@@ -313,18 +313,9 @@ def test_the_attention_equals_the_slow_loops(case: int, monkeypatch: pytest.Monk
         def see(q: int, k: int, visible: list[list[bool]] = visible) -> bool:
             return visible[q][k]
 
-        maps = [
-            reference.attention_map(
-                query[b, h].double().tolist(),
-                key[b, h // repeats].double().tolist(),
-                sees=see,
-                sink=None if sinks is None else float(sinks[h]),
-                scaling=0.7,
-                softcap=softcap,
-            )
-            for h in request.heads or range(heads)
-        ]
-        mean = reference.mean_map(maps)
+        mean = slow_mean_map(
+            query[b].double(), key[b].double(), request.heads, see, sinks, scaling=0.7, softcap=softcap
+        )
         counted = [before + place for place in range(tokens) if counts[b, place]]
         if request.row == "last":
             wanted = [mean[counted[-1]][j] if counted else 0.0 for j in range(keys)]
