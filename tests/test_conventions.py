@@ -36,7 +36,7 @@ LAYERS = (
 )
 # Tensors and numbers in, tensors out: no model, no device, no file.
 PURE = ("checks", "masked", "batch", "credit", "update.aggregation", "update.losses")
-PURE_LIBRARIES = {"torch", "jaxtyping"}
+PURE_LIBRARIES = {"torch", "jaxtyping", "numpy"}  # what NumPy reads lies on the host already
 # Calls that make a GPU wait for the host.
 SYNCHRONISING = {"item", "tolist", "cpu", "numpy"}
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib")

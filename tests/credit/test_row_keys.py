@@ -2,13 +2,25 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion.batch import rows
-from apportion.credit.row_keys import _order, permutations, row_keys
+from apportion.credit.row_keys import (
+    _FIRST,
+    _GOLDEN,
+    _keys,
+    _mix,
+    _mix_unsigned,
+    _order,
+    _signed,
+    permutations,
+    row_keys,
+)
+from apportion.masked import Packing
 from batches import mask_of_lengths, padded, random_rollout
 
 
@@ -65,6 +77,30 @@ def test_keys_are_sorted_as_by_torch_and_equal_ones_keep_their_order(drawn: list
     mask = keys % 3 > 0
     ranked = keys.clamp(max=2**23 - 2).masked_fill(~mask, 2**23 - 1)  # what is masked out comes last
     assert torch.equal(_order(keys, mask), ranked.argsort(dim=1, stable=True))
+
+
+@given(
+    lengths=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    count=st.integers(0, 5),
+    seed=st.integers(-(2**70), 2**70),
+)
+def test_the_keys_of_a_cpu_are_those_of_other_devices(lengths: tuple[int, int], count: int, seed: int) -> None:
+    """Where integers have no sign, and where they have one."""
+    rollout = random_rollout(mask_of_lengths(*lengths))
+    texts = [
+        packed.pack(ids + 1)
+        for ids, packed in ((rollout.prompt_ids, Packing(rollout.prompt_mask)), (rollout.response_ids, rollout.packing))
+    ]
+    elsewhere = _keys(texts, count, _signed(seed * _GOLDEN + _FIRST), _GOLDEN, torch.arange, _mix)
+    assert torch.equal(row_keys(rollout, count, seed), elsewhere)
+
+
+def test_keys_are_those_of_splitmix64() -> None:
+    """The first outputs of the generator seeded with 1234567, as its authors' reference program prints them."""
+    numbers = torch.arange(1, 6) * _GOLDEN + 1234567
+    printed = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert _mix(numbers).tolist() == [_signed(number) for number in printed]
+    assert _mix_unsigned(numbers.numpy().view(np.uint64)).tolist() == printed
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 300])

@@ -8,14 +8,20 @@ Source:
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in 64-bit integers that wrap.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
+from typing import TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 from torch import Tensor
 
 from apportion.batch import Rollout
 from apportion.masked import Packing
+
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 def _signed(x: int) -> int:
@@ -34,6 +40,13 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     x = (x >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(x).mul_(_FIRST)
     x = (x >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(x).mul_(_SECOND)
     return (x >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(x)
+
+
+def _mix_unsigned(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+    """Do the same to NumPy's integers without a sign, in half of the time."""
+    x = (x >> 30 ^ x) * (_FIRST % 2**64)
+    x = (x >> 27 ^ x) * (_SECOND % 2**64)
+    return x >> 31 ^ x
 
 
 def check_seed(seed: object) -> None:
@@ -103,15 +116,32 @@ def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Te
     Returns:
         (B, count) int64. Sorting random keys gives a random permutation.
     """
-    start = _signed(seed * _GOLDEN + _FIRST + stream * _SECOND)
+    start = seed * _GOLDEN + _FIRST + stream * _SECOND
     parts = (rollout.prompt_ids, Packing(rollout.prompt_mask)), (rollout.response_ids, rollout.packing)
-    width = max(ids.shape[1] for ids, _ in parts)
+    texts = [packing.pack(ids.long() + 1) for ids, packing in parts]
+    if rollout.response_ids.device.type == "cpu":
+        numbers = partial(np.arange, dtype=np.uint64)
+        unsigned = [text.numpy().view(np.uint64) for text in texts]
+        keys = _keys(unsigned, count, start % 2**64, _GOLDEN % 2**64, numbers, _mix_unsigned)
+        return torch.from_numpy(keys.view(np.int64))
+    return _keys(texts, count, _signed(start), _GOLDEN, partial(torch.arange, device=texts[1].device), _mix)
+
+
+def _keys(
+    texts: Sequence[Array], count: int, start: int, golden: int, numbers: Callable[..., Array], mix: Callable
+) -> Array:
+    """Draw as `row_keys` does, in torch's integers or in NumPy's, which are quicker on a CPU.
+
+    Args:
+        texts: (B, P) and (B, T). Each row's ids of the prompt and of the response, from 1 on, 0 behind them.
+        count: Numbers a row.
+        start: What tells the seeds apart.
+        golden: The step of SplitMix64.
+        numbers: `arange` of such integers.
+        mix: Scrambles such integers.
+    """
     # Odd weights: no token weighs nothing. A place weighs differently in the prompt and in the response.
-    weights = (_mix(torch.arange(2 * width, device=rollout.response_ids.device) * _GOLDEN) | 1).view(-1, 2).unbind(1)
-    sums = [
-        (packing.pack(ids.long() + 1) * own[: ids.shape[1]]).sum(1)
-        for (ids, packing), own in zip(parts, weights, strict=True)
-    ]
-    state = _mix(sums[0] + sums[1] + start)
-    steps = torch.arange(1, count + 1, device=state.device) * _GOLDEN
-    return _mix(state[:, None] + steps)
+    weights = (mix(numbers(i, 2 * text.shape[1] + i, 2) * golden) | 1 for i, text in enumerate(texts))
+    prompt, response = ((text * own).sum(1) for text, own in zip(texts, weights, strict=True))
+    state = mix(prompt + response + start)
+    return mix(state[:, None] + numbers(1, count + 1) * golden)
