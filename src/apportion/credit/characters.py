@@ -9,8 +9,9 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from apportion.batch import ResponseTexts
@@ -53,34 +54,43 @@ class Characters:
             (B, T) bool.
         """
         begins = text.begins
-        lengths = torch.tensor([*map(len, text.texts)], dtype=torch.long, device="cpu")
-        stops = lengths.cumsum(0)
+        lengths = np.array([*map(len, text.texts)], dtype=np.int64)
+        stops = lengths.cumsum()
         kinds = self._kinds("".join(text.texts) + "\0")
-        ends = (kinds & _MEMBER).bool()
+        ends = (kinds & _MEMBER).view(bool)
         if self.runs or self.following is not None:
-            followed = (kinds & (_MEMBER if self.runs else _NEXT)).bool().roll(-1)
+            followed = np.roll((kinds & (_MEMBER if self.runs else _NEXT)) > 0, -1)
             followed[stops - 1] = False  # what follows the last character of a text is another one's
-            ends &= ~followed if self.runs else followed
-        before = torch.nn.functional.pad(ends.cumsum(0, dtype=torch.int32), (1, 0))
-        before, lengths, stops = (x.to(begins.device, non_blocking=True) for x in (before, lengths, stops))
+            ends = ends > followed if self.runs else ends & followed
+        before = np.zeros(len(ends) + 1, dtype=np.int32)
+        np.cumsum(ends, out=before[1:])
+        on_host = (torch.from_numpy(x) for x in (before, lengths, stops))
+        before, lengths, stops = (x.to(begins.device, non_blocking=True) for x in on_host)
         starts = (stops - lengths)[:, None]
         places = torch.cat([starts + torch.minimum(begins, lengths[:, None]), stops[:, None]], 1)
-        counts = before[places]
+        counts = before.index_select(0, places.view(-1)).view(places.shape)
         return counts[:, 1:] > counts[:, :-1]
 
-    def _kinds(self, text: str) -> Int[Tensor, " N"]:
+    def _kinds(self, text: str) -> UInt8[np.ndarray, " N"]:
         """Tell of each character what it is: a member, or one that may follow, or both."""
-        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
         table = _TABLES[self]
-        known = torch.frombuffer(table, dtype=torch.int8)
-        found = known.index_select(0, codes)
-        if found.amax() == _UNKNOWN:
+        found = _look_up(table, text)
+        if found.max() == _UNKNOWN:
             for character in set(text):
                 table[ord(character)] = self._kind(character)
-            found = known.index_select(0, codes)
+            found = _look_up(table, text)
         return found
 
     def _kind(self, character: str) -> int:
         member = re.fullmatch(self.kind, character) is not None
         follows = self.following is not None and re.fullmatch(self.following, character) is not None
         return _MEMBER * member + _NEXT * follows
+
+
+def _look_up(table: bytearray, text: str) -> UInt8[np.ndarray, " N"]:
+    """Read what stands in a table for each character of a text."""
+    try:
+        return np.frombuffer(text.encode("latin-1").translate(bytes(table[:256])), dtype=np.uint8)
+    except UnicodeEncodeError:  # there are others than the first 256
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
+        return np.frombuffer(table, dtype=np.uint8).take(codes)
