@@ -364,7 +364,7 @@ class ShuffledBoundaries(TerminationCondition):
         closed = torch.nn.functional.pad(closes_of(self.inner, rollout) & mask, (1, 0))[:, :-1].cumsum(1)
         lengths = torch.zeros_like(closed).scatter_add_(1, closed, mask.long())
         if mask.numel() and mask.device.type == "cpu":  # elsewhere to look how many there are would be to wait for it
-            lengths = lengths[:, : int(closed[:, -1].amax()) + 1]
+            lengths = lengths[:, : int(closed.numpy()[:, -1].max()) + 1]
         # What does not exist comes last and is of length 0: it ends where the last action does.
         ends = lengths.gather(1, orders(rollout, self.seed, lengths.bool())).cumsum(1)
         closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, True)[:, 1:]
