@@ -125,6 +125,8 @@ def alone() -> Iterator[str]:
     # Each time a copy, for a rollout keeps what is worked out once.
     tasks: dict = {(c, i): (c, lambda r=r: (replace(r),)) for c in CONDITIONS for i, r in enumerate(rollouts)}
     tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(text_of),))}
+    segment, even = Perplexity(variant="segment"), replace(rollouts[0], ref_logprobs=torch.full(mask.shape, -1.0))
+    tasks |= {("even", 0): (segment, lambda: (replace(even),))}
     times: dict = {name: [] for name in tasks}
     for _, (name, (function, given)) in product(range(TURNS), tasks.items()):
         times[name] += times_of(function, 10, given)
@@ -134,6 +136,7 @@ def alone() -> Iterator[str]:
     yield ""
     yield "`Delimiter` reads where tokens begin in their texts (`ResponseTexts.begins`), which is worked out once a"
     yield f"text and not counted above: {cells['begins', 0]}."
+    yield f"Where all surprises are equal, so that no action ends, `{segment}` takes {cells['even', 0]}."
 
 
 def programs(data: Path) -> Iterator[str]:
