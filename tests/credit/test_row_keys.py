@@ -22,7 +22,7 @@ from apportion.credit.row_keys import (
     row_keys,
 )
 from apportion.masked import Packing
-from batches import mask_of_lengths, padded, random_rollout
+from batches import mask_of_lengths, padded, random_rollout, without_type_checks
 
 
 def test_keys_belong_to_the_row_and_not_to_the_batch_or_its_padding() -> None:
@@ -96,6 +96,12 @@ def test_the_keys_of_a_cpu_are_those_of_other_devices(lengths: tuple[int, int], 
     ]
     elsewhere = _keys(texts, count, _signed(seed * _GOLDEN + _FIRST), _GOLDEN, torch.arange, _mix)
     assert torch.equal(row_keys(rollout, count, seed), elsewhere)
+
+
+def test_a_seed_of_numpy_is_that_number() -> None:
+    rollout = random_rollout(mask_of_lengths(5, 3))
+    with without_type_checks():
+        assert torch.equal(row_keys(rollout, 3, seed=np.int64(2)), row_keys(rollout, 3, seed=2))  # pyright: ignore
 
 
 def test_keys_are_those_of_splitmix64() -> None:

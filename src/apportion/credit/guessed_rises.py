@@ -8,46 +8,54 @@ from jaxtyping import Bool, Float
 BLOCK = 16
 """Tokens that are segmented one after the other; as many before them say which action is open."""
 
-FEW = 16
-"""Blocks after a wrong guess that are mended one by one in less time than together."""
+TRIES = 2
+"""How often blocks after a wrong guess are segmented anew, together."""
+
+FEW = 2
+"""Blocks after a wrong guess that are left in a row then and are mended one by one. With more, actions are long."""
 
 Open = Float[np.ndarray, "2 N"]
 """Sum and number of tokens of the actions that are open in N places."""
 
 
-def guessed_rises(surprise: Float[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+def guessed_rises(surprise: Float[np.ndarray, "B T"]) -> tuple[Bool[np.ndarray, "B T"], Bool[np.ndarray, " B"]]:
     """Mark where actions begin when each ends before the token that exceeds its mean; see `mean_rises`.
 
     Where actions end is soon the same wherever one began to look. So all blocks of a batch are segmented together: each
     goes on with the action that its left neighbour leaves open if segmented as though it began a row. Which of these
-    guesses were wrong shows in the end, and is mended. That is exact to the last bit: the sum of an action is that of
-    its tokens in float64, in their order.
+    guesses were wrong shows in the end; after them blocks are segmented anew. Where in the end no guess is wrong, the
+    answer is exact to the last bit: the sum of an action is that of its tokens in float64, in their order.
 
     Args:
         surprise: (B, T) float32. What is compared; finite.
 
     Returns:
-        (B, T) bool. The first token of a row begins an action, too.
+        (B, T) bool, where the first token of a row begins an action, too; and (B,) bool, True on rows in which
+        wrong guesses are left, and what stands there means nothing.
     """
     rows, width = surprise.shape
     if not surprise.size:
-        return np.zeros(surprise.shape, dtype=bool)
+        return np.zeros(surprise.shape, dtype=bool), np.zeros(rows, dtype=bool)
     blocks = -(-width // BLOCK)
     filled = np.zeros((rows, blocks * BLOCK))
     filled[:, :width] = surprise
     tokens = np.ascontiguousarray(filled.reshape(-1, BLOCK).T)
     guess = _handed_on(_segment(tokens, _nothing(rows * blocks))[0], blocks)
     after, stays = _segment(tokens, guess)
-    before, many = _handed_on(after, blocks), rows * blocks
-    wrong = np.flatnonzero(before[1] != guess[1])  # of as many tokens: the same ones, and the same sum
-    while FEW < len(wrong) < many / 2:  # where they do not become less, actions are long
-        many, guess = len(wrong), before
-        after[:, wrong], stays[:, wrong] = _segment(tokens[:, wrong], guess[:, wrong])
+    before = _handed_on(after, blocks)
+    wrong = before[1] != guess[1]  # of as many tokens: the same ones, and the same sum
+    lost = wrong.reshape(rows, blocks).mean(1) > 0.5
+    worth = np.repeat(~lost, blocks)
+    tries, again = TRIES, np.flatnonzero(wrong & worth)
+    while tries and len(again):
+        guess[:, again] = before[:, again]
+        after[:, again], stays[:, again] = _segment(tokens[:, again], guess[:, again])
         before = _handed_on(after, blocks)
-        wrong = np.flatnonzero(before[1] != guess[1])
+        tries, again = tries - 1, np.flatnonzero((before[1] != guess[1]) & worth)
+    lost |= np.bincount(again // blocks, minlength=rows) > FEW
     begins = np.logical_not(stays.T, order="C").reshape(filled.shape)
-    _mend(begins, filled, before, wrong)
-    return begins[:, :width]
+    _mend(begins, filled, before, again[~lost[again // blocks]])
+    return begins[:, :width], lost
 
 
 def _nothing(number: int) -> Open:
@@ -77,20 +85,16 @@ def _segment(tokens: Float[np.ndarray, "K N"], before: Open) -> tuple[Open, Bool
 
 
 def _mend(begins: Bool[np.ndarray, "B T"], tokens: Float[np.ndarray, "B T"], before: Open, wrong: Iterable) -> None:
-    """Let what is truly open before the blocks after wrong guesses go on to its end, block after block.
+    """Let what is open before blocks after wrong guesses go on to its end, block after block.
 
     There the next action begins by the guess, too: what exceeds the mean of an action exceeds that of its last tokens,
     of which the first is no higher than the one and no lower than the other. So it is in float64, of float32 tokens:
-    means that rounding could take for each other are those of equal tokens, whose sums are exact.
+    means that rounding could take for each other are those of equal tokens, whose sums are exact. For the same reason
+    what is not truly open, as a block before was mended, ends before what is.
     """
-    width, place = tokens.shape[1], -1
     for block in wrong:
-        if block * BLOCK <= place:  # mended already
-            continue
-        place, (total, count) = block * BLOCK, before[:, block]
-        left = tokens.ravel()[place : (place // width + 1) * width]
+        row, place = divmod(block * BLOCK, tokens.shape[1])
+        left, (total, count) = tokens[row, place:], before[:, block]
         sums = np.add.accumulate(np.concatenate([[total], left]))
         exceeds = left * np.arange(count, count + len(left)) > sums[:-1]
-        number = int(exceeds.argmax()) if exceeds.any() else len(left)
-        begins.ravel()[place : place + number] = False
-        place += number
+        begins[row, place : place + (exceeds.argmax() if exceeds.any() else len(left))] = False

@@ -1,5 +1,6 @@
 """Runs of numbers that each end before the one that exceeds their mean."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -14,7 +15,8 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         token t begins an action when    s_t * number > sum,    of the tokens of the action before
 
     Two ways lead there, neither token after token. On a CPU `guessed_rises` guesses which action is open here and there
-    and mends what was wrong. On other devices, where to look what was wrong would be to wait, `merged_rises` merges.
+    and mends what was wrong. On other devices, where to look what was wrong would be to wait, and in rows whose actions
+    are too long to be guessed, `merged_rises` merges blocks.
 
     Args:
         surprise: (B, T) float32. What is compared, valid entries first in each row; finite.
@@ -26,5 +28,10 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, the wording of perplexity-based termination.
     """
     if surprise.device.type == "cpu":
-        return torch.from_numpy(guessed_rises(surprise.detach().numpy()))
+        surprise = surprise.detach()
+        with np.errstate(invalid="ignore"):  # where there is a NaN all behind it has no meaning
+            begins, lost = map(torch.from_numpy, guessed_rises(surprise.numpy()))
+        if lost.any():
+            begins[lost] = merged_rises(surprise[lost])
+        return begins
     return merged_rises(surprise)

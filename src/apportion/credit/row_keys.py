@@ -126,7 +126,7 @@ def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Te
     Returns:
         (B, count) int64. Sorting random keys gives a random permutation.
     """
-    start = seed * _GOLDEN + _FIRST + stream * _SECOND
+    start = int(seed) * _GOLDEN + _FIRST + stream * _SECOND
     parts = (rollout.prompt_ids, Packing(rollout.prompt_mask)), (rollout.response_ids, rollout.packing)
     texts = [packing.pack(ids.long() + 1) for ids, packing in parts]
     if rollout.response_ids.device.type == "cpu":

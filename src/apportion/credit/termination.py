@@ -217,9 +217,9 @@ class Perplexity(TerminationCondition):
         token     s_t > s_{t-1}
         segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
 
-    In a mean an infinite surprise counts as 1e9 nats. On a CPU an action's sum is that of its tokens in float64, in
-    their order; elsewhere, where surprises lie more than a millionfold apart, a token that equals the mean may be taken
-    to exceed it.
+    In a mean an infinite surprise counts as 1e9 nats. Sums are float64 and exact for float32 numbers that are less than
+    a million times apart; beyond that, a token that equals the mean may be taken to exceed it on other devices than a
+    CPU, and where actions are long.
 
     Attributes:
         variant: Which of the two.
