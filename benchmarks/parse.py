@@ -125,10 +125,6 @@ def alone() -> Iterator[str]:
     # Each time a copy, for a rollout keeps what is worked out once.
     tasks: dict = {(c, i): (c, lambda r=r: (replace(r),)) for c in CONDITIONS for i, r in enumerate(rollouts)}
     tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(text_of),))}
-    draws = torch.rand(2, *mask.shape, generator=torch.Generator().manual_seed(0))
-    nearly = replace(rollouts[0], ref_logprobs=torch.where(draws[0] < 0.02, -1 - 5 * draws[1], -0.01 * draws[1]))
-    segment = Perplexity(variant="segment")
-    tasks |= {("nearly", 0): (segment, lambda: (replace(nearly),))}
     times: dict = {name: [] for name in tasks}
     for _, (name, (function, given)) in product(range(TURNS), tasks.items()):
         times[name] += times_of(function, 10, given)
@@ -138,8 +134,6 @@ def alone() -> Iterator[str]:
     yield ""
     yield "`Delimiter` reads where tokens begin in their texts (`ResponseTexts.begins`), which is worked out once a"
     yield f"text and not counted above: {cells['begins', 0]}."
-    yield f"Where but every fiftieth token is a surprise, so that actions are long, `{segment}` takes"
-    yield f"{cells['nearly', 0]}."
 
 
 def programs(data: Path) -> Iterator[str]:

@@ -1,22 +1,29 @@
-"""Runs of numbers that each end before the one that exceeds their mean."""
+"""Runs of numbers that each end before the one that exceeds their mean, for a whole batch in a logarithm of steps."""
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apportion.credit.guessed_rises import guessed_rises
-from apportion.credit.merged_rises import merged_rises
+BLOCK = 16
+"""Tokens that are segmented one after the other: merging so short blocks would take longer."""
 
 
 def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
 
-        token t begins an action when    s_t * number > sum,    of the tokens of the action before
+    Blocks of tokens are segmented as if each began a row, and merged in pairs. The beginnings found in the right block
+    stay, but for those up to the first that exceeds the mean of the action which the left block leaves open. That is
+    exact: inside an action of the right block the mean only falls from the first token on, and if that token did not
+    exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
+    reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
 
-    Two ways lead there, neither token after token. On a CPU `guessed_rises` guesses which action is open here and there
-    and mends what was wrong. On other devices, where to look what was wrong would be to wait, and in rows whose actions
-    are too long to be guessed, `merged_rises` merges blocks.
+    With P_t the sum before t, token t exceeds the mean of the action that began at i when
+
+        s_t (t - i) > P_t - P_i,    or, the terms of t on one side,    P_t - t s_t + i s_t < P_i
+
+    Sums are kept in float64, where those of float32 numbers are exact unless some are less than a millionth of others;
+    there a token that equals the mean may be taken to exceed it. Time is the first axis here, which keeps short blocks
+    as quick as long ones.
 
     Args:
         surprise: (B, T) float32. What is compared, valid entries first in each row; finite.
@@ -27,11 +34,64 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     Source:
         MA-RLHF (https://arxiv.org/abs/2410.02743), section 3.2, the wording of perplexity-based termination.
     """
-    if surprise.device.type == "cpu":
-        surprise = surprise.detach()
-        with np.errstate(invalid="ignore"):  # where there is a NaN all behind it has no meaning
-            begins, lost = map(torch.from_numpy, guessed_rises(surprise.numpy()))
-        if lost.any():
-            begins[lost] = merged_rises(surprise[lost])
-        return begins
-    return merged_rises(surprise)
+    rows, width = surprise.shape
+    length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
+    filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
+    terms = torch.empty(3, length, rows, dtype=torch.float64, device=surprise.device)
+    begins, exact, line = terms
+    exact.copy_(filled.T.contiguous())  # quicker than to turn and to convert at once
+    blocks = (length // BLOCK, BLOCK, rows)
+    stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
+    ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
+    sums, rest = filled.cumsum(1, dtype=torch.float64).T, length + 1 - ends  # quicker than along the first axis
+    torch.addcmul(sums, exact, ends, value=-1, out=line)  # P_t - t s_t
+    torch.mul(stays.view(length, rows), rest, out=begins)
+    torch.sub(rest, begins, out=begins)  # counted from the end: the first is the largest
+    last = slice(BLOCK - 1, None, BLOCK)
+    opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
+    opens = begins.view(blocks).le_(_first_that_stays(terms, opened)[:, None]).sub_(stays).bool()
+    return opens.view(length, rows)[:width].T.contiguous()
+
+
+def _first_that_stays(terms: Float[Tensor, "3 L B"], opened: Float[Tensor, "2 N B"]) -> Float[Tensor, "N B"]:
+    """Merge N blocks in pairs, and return before which place none of a block's beginnings stays; see `mean_rises`.
+
+    Args:
+        terms: (3, L, B) float64. The places where actions begin, counted from the end, 0 elsewhere; s_t; P_t - t s_t.
+        opened: (2, N, B) float64. i and P_i of the action that each block leaves open.
+
+    Returns:
+        (N, B) float64. Counted from the end.
+    """
+    _, length, rows = terms.shape
+    kept = torch.full_like(opened[0], length)
+    number = len(kept) // 2  # of pairs
+    while number:
+        span = len(kept) // number // 2  # blocks in each half
+        left, own = opened.view(2, number, 2, 1, rows).unbind(2)
+        right, surprise, line = terms.view(3, number, 2, span * BLOCK, rows).select(2, 1).unbind()
+        begin, before = left.unbind()
+        rises = torch.addcmul(line, surprise, begin).lt_(before)  # 1 or 0: comparing is quickest in place
+        first = rises.mul_(right).amax(1, keepdim=True)
+        kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
+        opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
+        number //= 2
+    return kept
+
+
+def _mean_stays_in_blocks(
+    blocks: Float[Tensor, "N K B"],
+) -> tuple[Float[Tensor, "N K B"], Float[Tensor, "N B"], Float[Tensor, "N B"]]:
+    """Mark with 0 where actions begin in blocks of K tokens, each of which begins a row, and all else with 1.
+
+    Returns the sum and the number of tokens of the action that each block leaves open, too.
+    """
+    stays, one = torch.zeros_like(blocks), blocks.new_ones(())
+    tokens = blocks.unbind(1)
+    total, count = tokens[0].clone(), torch.ones_like(tokens[0])
+    product = torch.empty_like(total)
+    for token, stay in zip(tokens[1:], stays.unbind(1)[1:], strict=True):
+        torch.le(torch.mul(token, count, out=product), total, out=stay)
+        torch.addcmul(token, total, stay, out=total)
+        torch.addcmul(one, count, stay, out=count)
+    return stays, total, count

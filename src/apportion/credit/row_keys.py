@@ -32,7 +32,6 @@ def _signed(x: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
-_LAST = 2**23 - 1
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -73,7 +72,7 @@ def permutations(rollout: Rollout, seed: int) -> Int[Tensor, "B T"]:
         (B, T) int64. On a valid token the column of another one of the row, each once; elsewhere some column.
     """
     mask, packing = rollout.response_mask, rollout.packing
-    return packing.unpack(_order(packing.unpack(row_keys(rollout, mask.shape[1], seed)), mask))
+    return packing.unpack(_order(packing.unpack(row_keys(rollout, mask.shape[1], seed) >> 40), mask))
 
 
 def orders(rollout: Rollout, seed: int, exists: Bool[Tensor, "B M"]) -> Int[Tensor, "B M"]:
@@ -87,31 +86,22 @@ def orders(rollout: Rollout, seed: int, exists: Bool[Tensor, "B M"]) -> Int[Tens
     Returns:
         (B, M) int64. The columns of what exists in their new order, each once, and then the other columns.
     """
-    return _order(row_keys(rollout, exists.shape[1], seed), exists)
+    return _order(row_keys(rollout, exists.shape[1], seed) >> 40, exists)
 
 
 def _order(keys: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Sort each row of keys by their first 24 bits, equal ones in the order they are in, and return their columns.
+    """Sort each row of signed integers of 24 bits, equal ones in the order they are in, and return their columns.
 
     What is not of the mask comes last. With the column in the low bits the numbers themselves are sorted, and all
     differ: on a CPU NumPy does that with vector instructions, in a fraction of torch's time.
     """
-    if keys.device.type == "cpu":
-        return torch.from_numpy(_order_by_numpy(keys.numpy(), mask.numpy()))
-    return _order_by_torch(keys, mask)
-
-
-def _order_by_torch(keys: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    ranked = (keys >> 40).clamp_(max=_LAST - 1).masked_fill_(~mask, _LAST)
+    ranked = keys.clamp(max=2**23 - 2).masked_fill_(~mask, 2**23 - 1)
     marked = ranked.bitwise_left_shift_(32).bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
-    return marked.sort(dim=1).values.bitwise_and_(2**32 - 1)
-
-
-def _order_by_numpy(keys: Int[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-    ranked = np.where(mask, np.minimum(keys >> 40, _LAST - 1), _LAST)
-    marked = ranked << 32 | np.arange(keys.shape[1])
-    marked.sort(axis=1)
-    return marked & 2**32 - 1
+    if marked.device.type == "cpu":
+        marked.numpy().sort(axis=1)
+    else:
+        marked = marked.sort(dim=1).values
+    return marked.bitwise_and_(2**32 - 1)
 
 
 def row_keys(rollout: Rollout, count: int, seed: int, stream: int = 0) -> Int[Tensor, "B count"]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apportion.batch import Rollout
 from apportion.checks import check_instance, is_number, is_whole
+from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.mean_rises import mean_rises
 from apportion.credit.row_keys import check_seed, orders, row_keys
 from apportion.masked import Packing
@@ -217,9 +218,8 @@ class Perplexity(TerminationCondition):
         token     s_t > s_{t-1}
         segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
 
-    In a mean an infinite surprise counts as 1e9 nats. Sums are float64 and exact for float32 numbers that are less than
-    a million times apart; beyond that, a token that equals the mean may be taken to exceed it on other devices than a
-    CPU, and where actions are long.
+    In a mean an infinite surprise counts as 1e9 nats. Sums are exact for float32 numbers that are less than a million
+    times apart; beyond that, a token that equals the mean may be taken to exceed it.
 
     Attributes:
         variant: Which of the two.
@@ -361,10 +361,10 @@ class ShuffledBoundaries(TerminationCondition):
     def __call__(self, rollout: Rollout) -> Bool[Tensor, "B T"]:
         """Mark the ends of the permuted actions."""
         mask = rollout.response_mask
-        closed = torch.nn.functional.pad(closes_of(self.inner, rollout) & mask, (1, 0))[:, :-1].cumsum(1)
-        lengths = torch.zeros_like(closed).scatter_add_(1, closed, mask.long())
-        if mask.numel() and mask.device.type == "cpu":  # elsewhere to look how many there are would be to wait for it
-            lengths = lengths[:, : int(closed.numpy()[:, -1].max()) + 1]
+        ids = macro_ids(closes_of(self.inner, rollout), mask)
+        lengths = macro_lengths(ids)
+        if ids.numel() and ids.device.type == "cpu":  # elsewhere to look how many there are would be to wait for it
+            lengths = lengths[:, : int(ids.amax()) + 1]
         # What does not exist comes last and is of length 0: it ends where the last action does.
         ends = lengths.gather(1, orders(rollout, self.seed, lengths.bool())).cumsum(1)
         closes = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_(1, ends, True)[:, 1:]
