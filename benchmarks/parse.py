@@ -107,30 +107,38 @@ def rollout_of(ids: torch.Tensor, mask: torch.Tensor) -> Rollout:
     )
 
 
+def text_of(mask: torch.Tensor) -> ResponseTexts:
+    """Sentences of four characters a token, as far as each row has tokens."""
+    sentence = "The quick brown fox, jumped over the lazy dog and so on"
+    text = f"{sentence}. {sentence}! {sentence}.\n" * 20
+    places = 4 * torch.arange(mask.shape[1])
+    spans = torch.stack([places, places + 4], 1) * mask[..., None]
+    return ResponseTexts(texts=tuple(text[:length] for length in spans.amax((1, 2)).tolist()), spans=spans)
+
+
 def alone() -> Iterator[str]:
     yield from ("", f"## {ROWS} rows of {TOKENS} tokens, milliseconds of processor time", "")
     yield f"Median of {TURNS} turns of ten, and in parentheses the least of all: what it takes where no neighbour has"
     yield "the caches. All conditions take turns, so that they share the good and the bad times of the machine."
     yield ""
-    yield from ("| condition | whole rows | with holes, as tools leave them |", "|---|---|---|")
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    holes = mask.clone()
+    yield "| condition | whole rows | with holes, as tools leave them | of unequal lengths, padded |"
+    yield "|---|---|---|---|"
+    whole = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    holes = whole.clone()
     holes[:, 100:140] = False
-    sentence = "The quick brown fox, jumped over the lazy dog and so on"
-    text = (f"{sentence}. {sentence}! {sentence}.\n" * 20)[: 4 * TOKENS]
-    places = torch.arange(TOKENS) * 4
-    text_of = ResponseTexts(texts=(text,) * ROWS, spans=torch.stack([places, places + 4], 1).repeat(ROWS, 1, 1))
+    lengths = torch.linspace(1, TOKENS, ROWS).long()[torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))]
+    padded = torch.arange(TOKENS) < lengths[:, None]
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    rollouts = [replace(rollout_of(ids, valid), text=text_of) for valid in (mask, holes)]
+    rollouts = [replace(rollout_of(ids, mask), text=text_of(mask)) for mask in (whole, holes, padded)]
     # Each time a copy, for a rollout keeps what is worked out once.
     tasks: dict = {(c, i): (c, lambda r=r: (replace(r),)) for c in CONDITIONS for i, r in enumerate(rollouts)}
-    tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(text_of),))}
+    tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(rollouts[0].text),))}
     times: dict = {name: [] for name in tasks}
     for _, (name, (function, given)) in product(range(TURNS), tasks.items()):
         times[name] += times_of(function, 10, given)
     cells = {name: f"{statistics.median(taken):.2f} ({min(taken):.2f})" for name, taken in times.items()}
     for condition in CONDITIONS:
-        yield f"| `{condition}` | {cells[condition, 0]} | {cells[condition, 1]} |"
+        yield f"| `{condition}` | {' | '.join(cells[condition, i] for i in range(len(rollouts)))} |"
     yield ""
     yield "`Delimiter` reads where tokens begin in their texts (`ResponseTexts.begins`), which is worked out once a"
     yield f"text and not counted above: {cells['begins', 0]}."

@@ -15,6 +15,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -64,8 +65,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
                                   linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
                                   moe_intermediate_size=16, shared_expert_intermediate_size=16,
                                   layer_types=["linear_attention", "full_attention"]),
+    # Its trunk stands under another name than the one it says.
+    "llama4": Llama4TextConfig(**GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=2,
+                               num_experts_per_tok=1),
 }  # fmt: skip
-NO_CLASSIFIER = ("cohere", "granite", "mamba", "falcon_h1")
+NO_CLASSIFIER = ("cohere", "granite", "mamba", "falcon_h1", "llama4")
 
 
 def causal(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

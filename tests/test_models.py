@@ -218,6 +218,12 @@ def test_a_critic_cannot_be_made_of_a_policy_with_adapters() -> None:
         scorer_from_policy(get_peft_model(causal("llama"), LORA))
 
 
+@pytest.mark.parametrize("family", NO_CLASSIFIER)
+def test_a_critic_of_a_family_without_a_classifier_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match=rf"no sequence classifier of the family {CONFIGS[family].model_type}, .*RLOO"):
+        scorer_from_policy(causal(family))
+
+
 def test_a_model_without_a_linear_head_is_refused_by_name(policy: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM has no linear layer `score`"):
         score_head(policy)

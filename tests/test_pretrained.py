@@ -40,6 +40,12 @@ def test_a_saved_language_model_is_loaded_as_a_scorer_that_says_zero(tmp_path: P
     assert torch.equal(hidden_states(scorer, ids, mask), hidden_states(policy, ids, mask))
 
 
+def test_a_family_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    causal("llama4").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no sequence classifier of the family llama4_text, .*RLOO"):
+        load_scorer(str(tmp_path))
+
+
 def test_a_classifier_of_two_labels_is_refused(tmp_path: Path, tiny_config: LlamaConfig) -> None:
     LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_config.to_dict() | {"num_labels": 2})).save_pretrained(
         tmp_path

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from apportion.logprobs import token_logprobs
 from apportion.sampling import Sampling
@@ -29,17 +34,32 @@ def scorer_from_policy(policy: nn.Module) -> PreTrainedModel:
         A sequence classifier with one label.
 
     Raises:
-        ValueError: If the policy has adapters.
+        ValueError: If the policy has adapters, or as `refuse_without_classifier`.
     """
     source = unwrapped(policy)
     if source is not policy:
         raise ValueError("a critic cannot be copied from a policy with adapters; give value_model, or a peft_config")
+    refuse_without_classifier(source.config)
     config = copy.deepcopy(source.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype)
     model.base_model.load_state_dict(source.base_model.state_dict())
     nn.init.zeros_(score_head(model).weight)
     return model.eval()
+
+
+def refuse_without_classifier(config: PreTrainedConfig) -> None:
+    """Refuse a family of models that can neither score nor be a critic.
+
+    Raises:
+        ValueError: If transformers has no sequence classifier of the family.
+    """
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"transformers has no sequence classifier of the family {config.model_type}, which a critic and a reward "
+            "model have to be; give one of another family with the same tokenizer (value_model for the critic), or an "
+            "advantage that needs no critic, such as RLOO"
+        )
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -64,6 +84,13 @@ def score_head(model: nn.Module) -> nn.Linear:
     raise ValueError(f"{type(base).__name__} has no linear layer `score`; give a decoder with a classification head")
 
 
+def trunk_of(model: nn.Module) -> nn.Module:
+    """Find what makes the hidden states of a model: all of it but its head."""
+    whole = unwrapped(model)
+    trunk = whole.base_model  # the whole, where the family names its trunk otherwise than it says (Llama 4)
+    return getattr(whole, "model", whole) if trunk is whole else trunk
+
+
 def hidden_states(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
     """Run the trunk of a model over padded sequences.
 
@@ -75,7 +102,7 @@ def hidden_states(model: nn.Module, ids: Int[Tensor, "B L"], mask: Bool[Tensor, 
     Returns:
         (B, L, D) in the model's dtype. Last hidden states, after the final norm.
     """
-    trunk = unwrapped(model).base_model
+    trunk = trunk_of(model)
     return trunk(**inputs(trunk, ids, mask), use_cache=False).last_hidden_state
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from apportion.bars import quiet_bars
-from apportion.models import score_head
+from apportion.models import refuse_without_classifier, score_head
 
 MISSING_IS_NONE: dict[str, Any] = dict.fromkeys(
     ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
@@ -94,10 +94,11 @@ def is_scorer(path: str) -> bool:
 
     Raises:
         ValueError: If it was saved with another number of labels than one; if weights are missing, or would have to be
-            unpickled; or if it brings code of its own.
+            unpickled; if it brings code of its own; or as `refuse_without_classifier`.
     """
     refuse_pickles(path)
     config = config_of(path)
+    refuse_without_classifier(config)
     found = any("SequenceClassification" in name for name in config.architectures or ())
     if found and config.num_labels != 1:
         raise ValueError(f"{path} has {config.num_labels} labels; give a sequence classifier with one")
