@@ -73,7 +73,8 @@ def test_the_time_of_parsing_is_logged_where_text_is_read(tmp_path: Path) -> Non
 
 def test_responses_that_cannot_be_parsed_do_not_stop_training_and_are_counted(tmp_path: Path) -> None:
     condition = replace(parsed(), backend=Unlucky())
-    run(tmp_path, credit=credit(condition), num_steps=2)
+    with pytest.warns(UserWarning, match="none of 8 responses could be parsed"):
+        run(tmp_path, credit=credit(condition), num_steps=2)
     for record in metrics(tmp_path):
         assert record["credit/parse_fallbacks"] == 8
         assert record["credit/action_length"] == 1
@@ -81,7 +82,8 @@ def test_responses_that_cannot_be_parsed_do_not_stop_training_and_are_counted(tm
 
 def test_responses_that_cannot_be_parsed_to_smooth_values_are_counted(tmp_path: Path) -> None:
     condition = replace(parsed(), backend=Unlucky())
-    run(tmp_path, credit=CreditConfig(termination=EveryToken(), value_smoothing=condition), num_steps=1)
+    with pytest.warns(UserWarning, match="none of 8 responses could be parsed"):
+        run(tmp_path, credit=CreditConfig(termination=EveryToken(), value_smoothing=condition), num_steps=1)
     (record,) = metrics(tmp_path)
     assert record["credit/parse_fallbacks"] == 8
 

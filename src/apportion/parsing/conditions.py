@@ -1,6 +1,7 @@
 """Terminations by parse: a macro action is a constituent of a sentence, or of a program."""
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 class ParseCondition(TerminationCondition):
     """Close where the rules of `credit.parse.closing_tokens` close, by trees of the responses' texts.
 
-    A row whose text cannot be parsed, or whose trees cannot be laid over it, gets one action a token (`fallbacks`). A
-    row without text is one action. The trees of a rollout are computed once, `prepare` begins with it.
+    A row whose text cannot be parsed, or whose trees cannot be laid over it, gets one action a token (`fallbacks`);
+    where that happens to all rows, a warning says so. A row without text is one action. The trees of a rollout are
+    computed once, `prepare` begins with it.
     """
 
     cutoff: int
@@ -136,6 +138,12 @@ class ParseCondition(TerminationCondition):
         ]
         answers = [self._row(said, of_row, trees) for said, of_row in rows]
         failed = torch.tensor([answer is None for answer in answers], dtype=torch.bool)
+        if len(failed) > 1 and failed.all():  # one alone may be an odd text
+            warnings.warn(
+                f"none of {len(failed)} responses could be parsed, so each token is an action of its own, as in "
+                f"{text.texts[0][:60]!r}; give that to the backend alone, and see that its spans count characters",
+                stacklevel=2,
+            )
         flat = [
             close
             for answer, (_, of_row) in zip(answers, rows, strict=True)
