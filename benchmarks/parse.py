@@ -13,6 +13,7 @@ import argparse
 import gzip
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -57,6 +58,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from small_stanza import write_stanza  # noqa: E402
 
 ROWS, TOKENS, TURNS = 64, 512, 40
+SEARCHED = r"Step \d+:|[.!?] "
 CONDITIONS = (
     EveryToken(),
     FixedNgram(),
@@ -70,7 +72,7 @@ CONDITIONS = (
     Delimiter(r"[.!?](?=\s)"),
     Delimiter(r"\s"),
     Delimiter(r"\w+"),
-    Delimiter(r"Step \d+:|[.!?] "),
+    Delimiter(SEARCHED),
     ShuffledBoundaries(FixedNgram()),
     ShuffledBoundaries(Perplexity()),
     WholeResponse(),
@@ -116,6 +118,14 @@ def text_of(mask: torch.Tensor) -> ResponseTexts:
     return ResponseTexts(texts=tuple(text[:length] for length in spans.amax((1, 2)).tolist()), spans=spans)
 
 
+def search(texts: tuple[str, ...]) -> None:
+    """Find every match, and do nothing with it."""
+    finditer = re.compile(SEARCHED).finditer
+    for text in texts:
+        for _ in finditer(text):
+            pass
+
+
 def alone() -> Iterator[str]:
     yield from ("", f"## {ROWS} rows of {TOKENS} tokens, milliseconds of processor time", "")
     yield f"Median of {TURNS} turns of ten, and in parentheses the least of all: what it takes where no neighbour has"
@@ -129,19 +139,23 @@ def alone() -> Iterator[str]:
     lengths = torch.linspace(1, TOKENS, ROWS).long()[torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))]
     padded = torch.arange(TOKENS) < lengths[:, None]
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    rollouts = [replace(rollout_of(ids, mask), text=text_of(mask)) for mask in (whole, holes, padded)]
+    texts = {mask: text_of(mask) for mask in (whole, holes, padded)}
+    rollouts = [replace(rollout_of(ids, mask), text=text) for mask, text in texts.items()]
     # Each time a copy, for a rollout keeps what is worked out once.
     tasks: dict = {(c, i): (c, lambda r=r: (replace(r),)) for c in CONDITIONS for i, r in enumerate(rollouts)}
-    tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(rollouts[0].text),))}
+    tasks |= {("begins", 0): (attrgetter("begins"), lambda: (replace(texts[whole]),))}
+    tasks |= {("re", 0): (search, lambda: (texts[whole].texts,))}
     times: dict = {name: [] for name in tasks}
     for _, (name, (function, given)) in product(range(TURNS), tasks.items()):
         times[name] += times_of(function, 10, given)
     cells = {name: f"{statistics.median(taken):.2f} ({min(taken):.2f})" for name, taken in times.items()}
     for condition in CONDITIONS:
-        yield f"| `{condition}` | {' | '.join(cells[condition, i] for i in range(len(rollouts)))} |"
+        name = str(condition).replace("|", r"\|")
+        yield f"| `{name}` | {' | '.join(cells[condition, i] for i in range(len(rollouts)))} |"
     yield ""
     yield "`Delimiter` reads where tokens begin in their texts (`ResponseTexts.begins`), which is worked out once a"
-    yield f"text and not counted above: {cells['begins', 0]}."
+    yield f"text and not counted above: {cells['begins', 0]}. Of its time for the expression `{SEARCHED}`, with whole"
+    yield f"rows, Python's `re` needs this to find all matches: {cells['re', 0]}."
 
 
 def programs(data: Path) -> Iterator[str]:
