@@ -40,6 +40,12 @@ def moody(text: str) -> list[ParseTree]:
     return pairs(text)
 
 
+def hanging(text: str) -> list[ParseTree]:
+    """Take forever where the text says so."""
+    time.sleep(60 if "hang" in text else 0)
+    return pairs(text)
+
+
 @dataclass(frozen=True)
 class Forgetful(Parser):
     """Answers one text too few whenever it is asked for several."""

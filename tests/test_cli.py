@@ -24,6 +24,16 @@ REFUSED = {
     "abbreviated setting": (f"{PPO} --num_step 3", "--num_step 3", "did you mean --num_steps"),
     "setting of a group": (f"{PPO} --kl_coef 0.1", "--kl_coef", "did you mean --credit.kl_coef"),
     "setting of another class": (f"{PPO} --credit.redistribution.beta 0.5", "'beta'", "Terminal"),
+    "where the settings of a class are told": (
+        f"{PPO} --credit.redistribution PolicyAttention --credit.redistribution.row 1",
+        "'row'",
+        "see --credit.redistribution.help apportion.PolicyAttention",
+    ),
+    "help of no class": ("ppo --credit.termination.help", "give a class, --credit.termination in --help lists them"),
+    "help of an unknown class": ("ppo --credit.termination.help Perplexit", "'Perplexit'", "did you mean Perplexity"),
+    "help of a missing module": ("ppo --credit.termination.help nowhere.Mine", "'nowhere'", "my_module.MyClass"),
+    "help of two classes": ("ppo --credit.termination.help CodeParse Delimiter", "'CodeParse Delimiter'"),
+    "help of nothing": ("ppo --credit.nothing.help CodeParse", "--credit.nothing.help"),
     "misspelt setting of a class": (f"{PPO} --data.pth x", "'pth'", "did you mean path?"),
     "stray word": ("ppo stray", "stray", "--help"),
     "wrong type": (f"{PPO} --num_steps many", "--num_steps: many", "give int"),
@@ -322,6 +332,24 @@ def test_each_command_explains_its_settings(command: str) -> None:
     assert (shown.code, shown.err) == (0, "")
     assert f"usage: apportion {command}" in shown.out
     assert COMMANDS[command].help[:40] in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind", "setting"),
+    [
+        ("--credit.termination.help", "CodeParse", "--credit.termination.cutoff CUTOFF"),
+        ("--credit.redistribution.help", "apportion.PolicyAttention", "--credit.redistribution.legacy_shift"),
+        ("--credit.advantage.help", "RLOO", "--credit.advantage.group_size"),
+        ("--credit.value_smoothing.help", "FixedNgram", "--credit.value_smoothing.n N"),
+        ("--data.help", "Mbpp", "--data.path"),
+        ("--reward_function.help", "ProgramTests", "--reward_function.limits"),
+    ],
+)
+def test_a_class_explains_its_settings(flag: str, kind: str, setting: str) -> None:
+    for asked in ((flag, kind), (f"{flag}={kind}",), ("--config", "reviews", flag, kind)):
+        shown = apportion("ppo", *asked)
+        assert (shown.code, shown.err) == (0, "")
+        assert setting in shown.out
 
 
 def resolved(*argv: object) -> dict:

@@ -198,7 +198,9 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
     switches, lists = set(_flags(settings, _is_switch)), set(_flags(settings, _is_list))
     done, alone = [], []
     for flag, words in _groups(argv):
-        if flag in lists:
+        if flag.partition("=")[0].endswith(".help"):
+            done.append(_asked_of_a_class(flag, words))
+        elif flag in lists:
             is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
         elif not words and (flag in switches or _is_inside_a_class(flag, settings)):
@@ -220,6 +222,15 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
             raise ValueError(f"{alone[1]!r} is one too many; give one {command.positional}")
         return [*done, f"--{command.positional}={json.dumps(alone) if items else alone[0]}"]
     return done + alone
+
+
+def _asked_of_a_class(flag: str, words: list[str]) -> str:
+    """Give the question for the settings of a class its class: `--credit.termination.help Perplexity`."""
+    name, _, value = flag.partition("=")
+    kind = value or " ".join(words)
+    if not kind:
+        raise ValueError(f"{name} has no value; give a class, {name.removesuffix('.help')} in --help lists them")
+    return f"{name}={kind}"
 
 
 def _groups(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -330,16 +341,20 @@ def _reason(message: str, options: Iterable[str]) -> str:
     given = re.search(r"Given value: (.*)", message)
     setting = keys[-1] if keys else ""
     reason = _reworded(reason, given[1] if given else "", chosen, setting, options)
+    if chosen and f"--{'.'.join(keys)}.help" in options:
+        reason = reason.replace("see --help", f"see --{'.'.join(keys)}.help {chosen}")
     return f"--{'.'.join(keys)}: {reason}" if keys else reason
 
 
 def _reworded(reason: str, value: str, chosen: str, setting: str, options: Iterable[str]) -> str:
     """Say one of jsonargparse's reasons with the value and the remedy."""
-    if found := re.match(r"Expected a dot import path string: (.*)", reason):
-        others = _classes() - {found[1]}  # which is a class, but of another kind, where it is among them
-        return f"there is no class {found[1]!r} for it{_nearest(found[1], others)}; give its name or dotted path"
-    if reason.startswith("No module named"):
-        return f"{chosen} cannot be imported ({reason}); give a dotted path such as my_module.MyClass"
+    if found := re.match(r"(--[\w.]+: )?Expected a dot import path string: (.*)", reason):
+        others = _classes() - {found[2]}  # which is a class, but of another kind, where it is among them
+        no_class = f"there is no class {found[2]!r} for it{_nearest(found[2], others)}; give its name or dotted path"
+        return (found[1] or "") + no_class
+    if found := re.match(r"(--[\w.]+: )?(No module named .*)", reason):
+        told = f"{chosen or 'it'} cannot be imported ({found[2]}); give a dotted path such as my_module.MyClass"
+        return (found[1] or "") + told
     if found := re.match(r"Import path does not correspond to a subclass of (\w+)", reason):
         return f"{value} is not a subclass of {found[1]}; derive it from that"
     if found := re.match(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])(?:\. Got value: (.*))?", reason):
@@ -421,6 +436,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "Options of a command: apportion COMMAND --help. Its settings, resolved: --print_config.",
+            "Options of a command: apportion COMMAND --help. Those of a class: --credit.termination.help Perplexity.",
+            "Its settings, resolved: --print_config.",
         ]
     )

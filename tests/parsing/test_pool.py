@@ -74,6 +74,17 @@ def test_a_worker_that_hangs_is_ended() -> None:
     pool.close()
 
 
+def test_a_text_that_hangs_holds_up_those_beside_it_no_longer_than_itself() -> None:
+    pool = ParserPool(parsers.hanging, workers=1, patience=1.0)
+    texts = [*(f"text {number}" for number in range(20)), "hang"]
+    begun = time.monotonic()
+    with pytest.warns(UserWarning, match="died or hung under 'hang'"):
+        found = pool.collect(texts)
+    assert time.monotonic() - begun < 12  # the patience for all together, and for the last alone; not for each
+    assert found == {text: tuple(parsers.pairs(text)) for text in texts[:-1]} | {"hang": None}
+    pool.close()
+
+
 def test_each_text_is_parsed_once_and_the_latest_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,8 @@ class ParserPool:
         parser: Any parser that can be pickled.
         workers: Processes; 0 parses in this one, when the trees are collected.
         cache_size: Texts whose trees are remembered.
-        patience: Seconds that a text may take.
+        patience: Seconds that a text may take; those that are parsed at once share them at first, and where they do not
+            suffice, each is given them alone.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class _Worker:
 
     def parse(self, texts: Sequence[str]) -> list[Trees | None] | None:
         """Parse texts; None if the process died or took too long."""
-        watchdog = threading.Timer(self.patience * len(texts), self.process.kill)
+        watchdog = threading.Timer(self.patience, self.process.kill)
         watchdog.start()
         try:
             self._say(pickle.dumps(list(texts)))
