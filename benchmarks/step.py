@@ -135,6 +135,10 @@ SETTINGS = {
         title="float32, the policy's attention, responses of 20 tokens on average (geometric)",
         work=replace(WHOLE, mean_length=20),
     ),
+    "policy attention, long": attention_setting(
+        title="float32, the policy's attention, 8 responses of 512 tokens, in one micro-batch",
+        work=replace(WHOLE, rows=8, micro_rows=16, new=512),
+    ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",
         work=replace(WHOLE, epochs=4),

@@ -346,7 +346,7 @@ def test_each_command_explains_its_settings(command: str) -> None:
     ],
 )
 def test_a_class_explains_its_settings(flag: str, kind: str, setting: str) -> None:
-    for asked in ((flag, kind), (f"{flag}={kind}",), ("--config", "reviews", flag, kind)):
+    for asked in ((flag, kind), (f"{flag}={kind}", "--seed=1"), ("--config", "reviews", "--resume", flag, kind)):
         shown = apportion("ppo", *asked)
         assert (shown.code, shown.err) == (0, "")
         assert setting in shown.out

@@ -94,7 +94,7 @@ def test_commands_are_found_in_fences_in_indented_code_and_within_lines() -> Non
 @pytest.mark.usefixtures("here")
 def test_the_commands_in_a_document_are_understood(document: Path) -> None:
     for words in commands(document.read_text()):
-        asked = words if words[0] == "recipes" or "--help" in words else [*words, "--print_config"]
+        asked = words if words[0] == "recipes" or "help" in shlex.join(words) else [*words, "--print_config"]
         shown = apportion(*asked)
         assert (shown.code, shown.err) == (0, ""), f"{document.name}: apportion {shlex.join(words)}: {shown.err}"
 

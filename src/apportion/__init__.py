@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from apportion.parsing.conditions import CodeParse, ConstituencyParse
     from apportion.parsing.parsers import Benepar, Parser, Stanza
     from apportion.sampling import Sampling
+    from apportion.score.attention_columns import capture_attention
     from apportion.score.function_reward import ScoringFunction
     from apportion.score.program_tests import ProgramTests
     from apportion.score.programs import Outcome, program_reward, run_many, run_tests
@@ -107,6 +108,7 @@ __all__ = [
     "Weighted",
     "WholeResponse",
     "assign_credit",
+    "capture_attention",
     "gae",
     "importance_ratio",
     "macro_ids",
@@ -153,6 +155,7 @@ _HOMES = (
     "update.losses",
     "sampling",
     "score.text",
+    "score.attention_columns",
     "score.function_reward",
     "score.program_tests",
     "update.config",

@@ -199,8 +199,8 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
     done, alone = [], []
     for flag, words in _groups(argv):
         if flag.partition("=")[0].endswith(".help"):
-            done.append(_asked_of_a_class(flag, words))
-        elif flag in lists:
+            return [_asked_of_a_class(flag, words)]  # jsonargparse would take what follows for settings of the class
+        if flag in lists:
             is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
         elif not words and (flag in switches or _is_inside_a_class(flag, settings)):
