@@ -136,8 +136,8 @@ SETTINGS = {
         work=replace(WHOLE, mean_length=20),
     ),
     "policy attention, long": attention_setting(
-        title="float32, the policy's attention, 8 responses of 512 tokens, in one micro-batch",
-        work=replace(WHOLE, rows=8, micro_rows=16, new=512),
+        title="float32, the policy's attention, 8 responses of 480 tokens, in one micro-batch",
+        work=replace(WHOLE, rows=8, micro_rows=16, new=480),
     ),
     "epochs": Setting(
         title="float32, four epochs, all rows at once",
