@@ -95,7 +95,7 @@ def closing_tokens(trees: Sequence[ParseTree], text: str, spans: Sequence[Span],
             otherwise          visit its children, in order
 
     So both rules together are not monotone: a cutoff that no inner node stays below leaves one action of single words.
-    Each tree begins an action: none goes on over the end of a sentence.
+    Each tree begins an action: none goes on over the end of a sentence. A node whose words own no token begins none.
 
     A token belongs to the word that holds its first non-space character. One that holds none, or whose character is in
     no word, belongs to the next word; behind the last word, to that.
