@@ -2,11 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from apportion import Attention, CreditConfig, Mixture, PPOArguments, PPOConfig, RandomizedNgram, Shuffled, Uniform
@@ -102,32 +100,3 @@ def test_a_users_own_class_is_written_by_its_path() -> None:
     written = found["credit"]["termination"]
     assert written["class_path"].endswith("SentenceEnd")
     assert written["init_args"] == {"mark": 9}
-
-
-class Plain:
-    """A user's own redistribution, of a class without any helper."""
-
-    def __init__(self, part: float, table: Any = None) -> None:
-        self.part, self.table = part, table
-
-    def __call__(self, rollout: Any, scores: Any, **_: Any) -> Any:
-        return self.part * evenly(rollout, scores)
-
-
-def test_an_object_is_written_with_what_it_was_made_of() -> None:
-    """Otherwise a run would be resumed with another one unnoticed. What YAML cannot hold is left out."""
-    given = (Plain(0.9, [1, {"a": None}]), Plain(0.9, torch.ones(2)), Plain(0.9, [torch.ones(2)]), partial(evenly, x=1))
-    written = [
-        yaml.safe_load(to_yaml(PPOArguments(credit=CreditConfig(redistribution=own))))["credit"]["redistribution"]
-        for own in given
-    ]
-    path = f"{__name__}.Plain"
-    assert written == [
-        {"class_path": path, "init_args": {"part": 0.9, "table": [1, {"a": None}]}},
-        {"class_path": path, "init_args": {"part": 0.9}},
-        {"class_path": path, "init_args": {"part": 0.9}},
-        {
-            "class_path": "functools.partial",
-            "init_args": {"func": f"{__name__}.evenly", "args": [], "keywords": {"x": 1}},
-        },
-    ]

@@ -778,6 +778,31 @@ def test_a_run_is_not_resumed_with_other_data_or_models(name: str, adapters: boo
     assert (tmp_path / "metrics.jsonl").read_text() == kept
 
 
+class Share:
+    """A redistribution, and a reward, of a user's own."""
+
+    def __init__(self, part: float) -> None:
+        self.part = part
+
+    def __call__(self, rollout: Any, scores: Any, **_: Any) -> torch.Tensor:
+        return self.part * scores.scores[:, None] * rollout.response_mask
+
+    def reward(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [self.part * len(text) for _, text in zip(prompts, completions, strict=True)]
+
+
+def test_a_run_is_not_resumed_with_another_object_of_ones_own(tmp_path: Path) -> None:
+    def go(part: float, reward: float, **settings: Any) -> Any:
+        credit = CreditConfig(redistribution=Share(part))
+        return run(tmp_path, roles={"reward_model": Share(reward).reward}, credit=credit, **settings)
+
+    before = left_behind(tmp_path, go(0.9, 1.0))
+    assert left_behind(tmp_path, go(0.9, 1.0, resume=True)) == before
+    for part, reward, name in ((0.1, 1.0, "credit"), (0.9, 2.0, "reward_model")):
+        with pytest.raises(ValueError, match=f"^{name} is not what the run in .* was given"):
+            go(part, reward, resume=True)
+
+
 def test_a_tokenizer_whose_padding_ends_texts_trains_the_same(tmp_path: Path) -> None:
     # abc.md section 10, row 4: with pad = eos the end was taken for padding.
     tokenizer = words()

@@ -1,8 +1,5 @@
 """The settings of a PPO run."""
 
-import functools
-import inspect
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
 from typing import Any
@@ -194,7 +191,7 @@ def to_yaml(settings: Any) -> str:
 
 
 def _plain(value: Any, *, top: bool = False) -> Any:
-    """Turn dataclasses into mappings, and other things that are called into their dotted path and what made them."""
+    """Turn dataclasses into mappings, and other things that are called into their dotted path."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -204,21 +201,6 @@ def _plain(value: Any, *, top: bool = False) -> Any:
         path = f"{type(value).__module__}.{type(value).__qualname__}"
         is_group = top or type(value).__name__ in ("CreditConfig", "Sampling", "PPOConfig", "Weighted", "Limits")
         return content if is_group else {"class_path": path, "init_args": content}
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
     if callable(value):
-        path, given = f"{type(value).__module__}.{type(value).__qualname__}", _given_to(value)
-        return {"class_path": path, "init_args": given} if given else path
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return value
-
-
-def _given_to(value: Any) -> dict[str, Any]:
-    """Read what an object was made of: its attributes that have the name of a parameter and can be written."""
-    is_partial = isinstance(value, functools.partial)
-    found = {}
-    for name in ("func", "args", "keywords") if is_partial else inspect.signature(type(value)).parameters:
-        with suppress(AttributeError, yaml.representer.RepresenterError):
-            content = _plain(getattr(value, name))
-            yaml.safe_dump(content)
-            found[name] = content
-    return found

@@ -7,22 +7,30 @@ from typing import Any
 
 from torch import nn
 
+from apportion.credit.assign import CreditConfig
 from apportion.data.prompts import PromptSet
 from apportion.score.function_reward import FunctionReward, ScoringFunction
 from apportion.score.reward_model import Reward, RewardModel, name_of
+from apportion.train.objects import made_of, own_objects
 
 SAMPLED = 64
 """Numbers of each parameter that are looked at, evenly spread."""
 
 
 def prints_of(
-    prompts: PromptSet, eval_prompts: PromptSet | None, reference: nn.Module, reward: Reward, peft_config: Any = None
+    prompts: PromptSet,
+    eval_prompts: PromptSet | None,
+    reference: nn.Module,
+    reward: Reward,
+    credit: CreditConfig,
+    peft_config: Any = None,
 ) -> dict[str, str]:
     """Take a fingerprint of the data and of the models that do not learn.
 
     Models that learn need none: a checkpoint holds them. Of a policy with adapters, which is its own reference, the
-    base model is looked at (`model`); of functions, the reward and the template, their names; of columns what JSON can
-    hold, or else their type.
+    base model is looked at (`model`); of functions, the reward and the template, their names, and what objects that are
+    called are made of (`made_of`), which the settings of `credit` do not hold; of columns what JSON can hold, or else
+    their type.
 
     Returns:
         By the name of the trainer's argument; equal where the same was given.
@@ -37,9 +45,13 @@ def prints_of(
     if isinstance(reward, FunctionReward):
         is_setting = isinstance(reward.function, ScoringFunction)
         found["reward_model"] = repr(reward.function) if is_setting else reward.name
+        if own := [*own_objects(reward.function)] if not is_setting else []:
+            found["reward_model"] += f" {_digest(made_of(own[0]))}"
     elif isinstance(reward, RewardModel):
         found["reward_model"] = _of_parameters(reward.model.named_parameters())
         found["reward_template"] = "" if reward.template is None else name_of(reward.template)
+    if own := [*own_objects(credit)]:
+        found["credit"] = _digest(repr([*map(made_of, own)]))
     return found
 
 

@@ -141,7 +141,7 @@ class PPOTrainer:
         self.callbacks = Callbacks(callbacks, args.num_steps, model=policy_model, processing_class=self.tokenizer)
         self.counters: dict[str, Any] = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.score_scale: float | None = None if args.scale_scores else 1.0
-        self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward, peft_config)
+        self.prints = prints_of(self.prompts, eval_prompts, self.reference, self.reward, args.credit, peft_config)
 
     def train(self) -> None:
         """Train, from the beginning or from where the run folder was left.
