@@ -199,7 +199,7 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
     done, alone = [], []
     for flag, words in _groups(argv):
         if flag.partition("=")[0].endswith(".help"):
-            return [_asked_of_a_class(flag, words)]  # jsonargparse would take what follows for settings of the class
+            return [_asked_of_a_class(flag, words, settings)]  # jsonargparse takes what follows for the class's
         if flag in lists:
             is_yaml = len(words) == 1 and (words[0] == "null" or words[0].startswith("["))
             done.append(f"{flag}={words[0] if is_yaml else json.dumps(words)}")
@@ -224,13 +224,18 @@ def _with_values(argv: list[str], command: Command, settings: type) -> list[str]
     return done + alone
 
 
-def _asked_of_a_class(flag: str, words: list[str]) -> str:
-    """Give the question for the settings of a class its class: `--credit.termination.help Perplexity`."""
+def _asked_of_a_class(flag: str, words: list[str], settings: type) -> str:
+    """Give the question for the settings of a class its class: `--credit.termination.help Perplexity`.
+
+    That of a class inside of another one (`--credit.termination.inner.help`) is asked of the outer setting.
+    """
     name, _, value = flag.partition("=")
     kind = value or " ".join(words)
     if not kind:
-        raise ValueError(f"{name} has no value; give a class, {name.removesuffix('.help')} in --help lists them")
-    return f"{name}={kind}"
+        raise ValueError(f"{name} has no value; give a class that {name.removesuffix('.help')} can be, or see --help")
+    flags = _flags(settings, lambda kind: not _is_group(kind))
+    holder = next((flag for flag in flags if name.startswith(f"{flag}.")), name.removesuffix(".help"))
+    return f"{holder}.help={kind}"
 
 
 def _groups(argv: list[str]) -> list[tuple[str, list[str]]]:

@@ -94,10 +94,12 @@ def test_rows_that_cannot_be_parsed_fall_back_to_tokens_and_are_counted() -> Non
 def test_a_batch_of_which_nothing_can_be_parsed_is_told() -> None:
     """A single row may be an odd text, and one that can be parsed shows that the backend works."""
     odd = [["fail", " it"], ["nonsense", " is"]]
+    for quiet in ([*odd, ["one"]], odd[:1], [*odd[:1], [], [" "]]):
+        assert replace(MOODY).fallbacks(written(*quiet))[0]
+    condition = replace(MOODY)
     with pytest.warns(UserWarning, match="none of 2 responses could be parsed, .* as in 'fail it'"):
-        assert segmented(MOODY, *odd) == [[1, 1], [1, 1]]
-    for quiet in ([*odd, ["one"]], odd[:1]):
-        assert MOODY.fallbacks(written(*quiet))[0]
+        assert segmented(condition, [], *odd, ["\n"])[1:3] == [[1, 1], [1, 1]]
+    assert segmented(condition, *odd[::-1]) == [[1, 1], [1, 1]]  # told once
 
 
 def test_each_sentence_begins_an_action_and_is_parsed_on_its_own() -> None:

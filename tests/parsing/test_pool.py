@@ -85,6 +85,19 @@ def test_a_text_that_hangs_holds_up_those_beside_it_no_longer_than_itself() -> N
     pool.close()
 
 
+def test_texts_that_are_slow_one_and_all_are_parsed_fewer_at_once() -> None:
+    """Otherwise each job would fail as a whole, and be done again text by text."""
+    pool = ParserPool(parsers.Slow(seconds=0.15), workers=1, patience=1.0)
+    times = []
+    for turn in range(3):
+        texts = [f"{turn} {number}" for number in range(12)]
+        times.append(-time.monotonic())
+        assert pool.collect(texts) == {text: tuple(parsers.pairs(text)) for text in texts}
+        times[-1] += time.monotonic()
+    assert min(times[1:]) < times[0] - 0.5  # the first time all was begun together and done again, for its patience
+    pool.close()
+
+
 def test_each_text_is_parsed_once_and_the_latest_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,12 @@ def test_the_shift_equals_the_released_weights(mode: Any, case: int) -> None:
     assert alpha.tolist()[0] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_a_mask_of_numbers_is_refused() -> None:
+    """As tokenizers give it: `~` of numbers would be no mask. (In tests, shapes and types are checked even sooner.)"""
+    with pytest.raises(ValueError, match=r"torch.int64; give a bool one, such as mask.bool\(\)"):
+        attention_columns.check_is_bool(torch.ones(1, 4, dtype=torch.long))
+
+
 @torch.no_grad()
 def test_no_tensor_of_the_size_of_the_attention_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """abc.md section 2: O(T) memory beside a block."""

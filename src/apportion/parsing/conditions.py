@@ -27,8 +27,8 @@ class ParseCondition(TerminationCondition):
     """Close where the rules of `credit.parse.closing_tokens` close, by trees of the responses' texts.
 
     A row whose text cannot be parsed, or whose trees cannot be laid over it, gets one action a token (`fallbacks`);
-    where that happens to all rows, a warning says so. A row without text is one action. The trees of a rollout are
-    computed once, `prepare` begins with it.
+    where that happens to all rows with text, a warning says so, once. A row without text is one action. The trees of a
+    rollout are computed once, `prepare` begins with it.
     """
 
     cutoff: int
@@ -112,6 +112,11 @@ class ParseCondition(TerminationCondition):
         """The rollout that was parsed last: credit, its metrics and a user may each ask for it."""
         return []
 
+    @cached_property
+    def _told(self) -> list[str]:
+        """A text of the batch of which a warning told that nothing could be parsed: it tells once."""
+        return []
+
     def _text(self, rollout: Rollout) -> ResponseTexts:
         self.check(rollout)
         assert rollout.text is not None  # checked; for the type checker
@@ -138,10 +143,12 @@ class ParseCondition(TerminationCondition):
         ]
         answers = [self._row(said, of_row, trees) for said, of_row in rows]
         failed = torch.tensor([answer is None for answer in answers], dtype=torch.bool)
-        if len(failed) > 1 and failed.all():  # one alone may be an odd text
+        written = [said for said in text.texts if said.strip()]
+        if len(written) == failed.sum() > 1 and not self._told:  # one alone may be an odd text
+            self._told.append(written[0])
             warnings.warn(
-                f"none of {len(failed)} responses could be parsed, so each token is an action of its own, as in "
-                f"{text.texts[0][:60]!r}; give that to the backend alone, and see that its spans count characters",
+                f"none of {len(written)} responses could be parsed, so each token is an action of its own, as in "
+                f"{written[0][:60]!r}; give that to the backend alone, and see that its spans count characters",
                 stacklevel=2,
             )
         flat = [

@@ -16,7 +16,7 @@ from typing import IO, Any
 from apportion.parsing.parsers import Parse, Parser, ParserUnavailable
 from apportion.parsing.worker import Trees, parsed
 
-_TEXTS_AT_ONCE = 32
+_TEXTS_AT_ONCE = 32  # as long as a worker can parse so many within its patience and its memory
 _Job = dict[str, "Future[Trees | None]"]
 
 
@@ -71,7 +71,7 @@ class ParserPool:
         self._cache |= job
         if self._crew is None:
             return
-        size = min(_TEXTS_AT_ONCE, -(-len(new) // max(self.workers, 1)))
+        size = min(self._crew.texts_at_once, -(-len(new) // max(self.workers, 1)))
         for first in range(0, len(new), max(size, 1)):
             self._crew.jobs.put({text: job[text] for text in new[first : first + size]})
 
@@ -114,11 +114,13 @@ class _Crew:
     """Workers, and for each of them a thread that hands it jobs.
 
     Attributes:
+        texts_at_once: Texts in a job at most; less than at first where workers failed with so many, not with one.
         untried: Texts that no worker could be started for; they are not remembered, for what is short may come back.
     """
 
     def __init__(self, parser: bytes, count: int, patience: float) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.texts_at_once = _TEXTS_AT_ONCE
         self.untried: set[str] = set()
         self.ended = threading.Event()
         self.workers = [_Worker(parser, patience) for _ in range(count)]
@@ -165,6 +167,7 @@ class _Crew:
             for future, trees in zip(job.values(), found, strict=True):
                 future.set_result(trees)
             return
+        all_found = True
         for text, future in job.items():
             if self.ended.is_set():
                 future.cancel()
@@ -183,6 +186,9 @@ class _Crew:
                     stacklevel=2,
                 )
             future.set_result(None if alone is None else alone[0])
+            all_found = all_found and alone is not None
+        if all_found and not self.ended.is_set():
+            self.texts_at_once = max(1, min(self.texts_at_once, len(job) // 2))
 
     def _living(self, place: int) -> "_Worker":
         """Return the worker of a place, or another if it is dead."""

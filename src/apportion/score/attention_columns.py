@@ -37,6 +37,7 @@ class CapturedColumns(Captured):
     """
 
     def __init__(self, rows: Bool[Tensor, "B Q"], heads: tuple[int, ...] | None = None) -> None:
+        check_is_bool(rows)
         self.rows, self.heads = rows, heads
         used = rows.any(0).nonzero()[:, 0].tolist()
         self._first, self._stop = (used[0], used[-1] + 1) if used else (0, 0)
@@ -69,6 +70,16 @@ class CapturedColumns(Captured):
         if self.rows.shape != shape:
             raise ValueError(f"rows has shape {tuple(self.rows.shape)}, the model's input {shape}: give one for each")
         return self.rows.to(of_queries.device)
+
+
+def check_is_bool(rows: Tensor) -> None:
+    """Refuse numbers in the place of a mask.
+
+    Raises:
+        ValueError: If it is not bool.
+    """
+    if rows.dtype != torch.bool:
+        raise ValueError(f"the mask of queries is {rows.dtype}; give a bool one, such as mask.bool()")
 
 
 @contextmanager
@@ -111,9 +122,11 @@ def capture_attention(model: nn.Module, request: AttentionRequest, answer: Bool[
         What the model's forward pass fills the `weights`, (B, K) float32, of. Without any query they mean nothing.
 
     Raises:
-        ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input.
+        ValueError: If the model has no attention layer or head of that number, or the answer does not fit the input, or
+            is not bool.
         RuntimeError: If the model drops out, or this layer is being captured already.
     """
+    check_is_bool(answer)
     rows = answer & ~is_last(answer) if request.before_last else answer
     if request.row == "mean":
         capture = capture_columns(model, rows, request.layer, request.heads)
