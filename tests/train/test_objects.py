@@ -55,6 +55,9 @@ class Rude:
 
     __slots__ = ()
 
+    def __call__(self, *_: Any) -> Any:
+        raise AssertionError
+
     def __repr__(self) -> str:
         raise KeyError("no")
 
@@ -92,7 +95,14 @@ def test_objects_are_told_apart_by_what_they_were_made_of(make: Any) -> None:
 
 
 def test_nothing_of_an_object_is_run_or_refused() -> None:
-    for odd in (Lazy("a"), holding_itself(), Plain(Rude()), operator.itemgetter(1), Plain(operator.itemgetter(1))):
+    for odd in (
+        Rude(),
+        Lazy("a"),
+        holding_itself(),
+        Plain(Rude()),
+        operator.itemgetter(1),
+        Plain(operator.itemgetter(1)),
+    ):
         assert made_of(odd) == made_of(odd)
     own = Plain(0.9)
     before = made_of(own)

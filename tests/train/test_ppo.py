@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -791,16 +791,32 @@ class Share:
         return [self.part * len(text) for _, text in zip(prompts, completions, strict=True)]
 
 
-def test_a_run_is_not_resumed_with_another_object_of_ones_own(tmp_path: Path) -> None:
-    def go(part: float, reward: float, **settings: Any) -> Any:
-        credit = CreditConfig(redistribution=Share(part))
-        return run(tmp_path, roles={"reward_model": Share(reward).reward}, credit=credit, **settings)
+@dataclass(frozen=True)
+class Length:
+    """A reward of a user's own, as a dataclass."""
 
-    before = left_behind(tmp_path, go(0.9, 1.0))
-    assert left_behind(tmp_path, go(0.9, 1.0, resume=True)) == before
-    for part, reward, name in ((0.1, 1.0, "credit"), (0.9, 2.0, "reward_model")):
-        with pytest.raises(ValueError, match=f"^{name} is not what the run in .* was given"):
-            go(part, reward, resume=True)
+    scale: float
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [self.scale * len(text) for _, text in zip(prompts, completions, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [Length, lambda scale: Share(scale).reward])
+def test_a_run_is_not_resumed_with_another_reward_of_ones_own(kind: Any, tmp_path: Path) -> None:
+    before = left_behind(tmp_path, run(tmp_path, roles={"reward_model": kind(1.0)}))
+    assert left_behind(tmp_path, run(tmp_path, roles={"reward_model": kind(1.0)}, resume=True)) == before
+    with pytest.raises(ValueError, match=r"^reward_model is not what the run in .* was given"):
+        run(tmp_path, roles={"reward_model": kind(2.0)}, resume=True)
+
+
+def test_a_run_is_not_resumed_with_another_object_of_ones_own(tmp_path: Path) -> None:
+    def go(part: float, **settings: Any) -> Any:
+        return run(tmp_path, credit=CreditConfig(redistribution=Share(part)), **settings)
+
+    before = left_behind(tmp_path, go(0.9))
+    assert left_behind(tmp_path, go(0.9, resume=True)) == before
+    with pytest.raises(ValueError, match=r"^credit is not what the run in .* was given"):
+        go(0.1, resume=True)
 
 
 def test_a_tokenizer_whose_padding_ends_texts_trains_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from apportion.credit.assign import CreditConfig
 from apportion.data.prompts import PromptSet
 from apportion.score.function_reward import FunctionReward, ScoringFunction
 from apportion.score.reward_model import Reward, RewardModel, name_of
-from apportion.train.objects import made_of, own_objects
+from apportion.train.objects import is_named, made_of, own_objects
 
 SAMPLED = 64
 """Numbers of each parameter that are looked at, evenly spread."""
@@ -45,8 +45,8 @@ def prints_of(
     if isinstance(reward, FunctionReward):
         is_setting = isinstance(reward.function, ScoringFunction)
         found["reward_model"] = repr(reward.function) if is_setting else reward.name
-        if own := [*own_objects(reward.function)] if not is_setting else []:
-            found["reward_model"] += f" {_digest(made_of(own[0]))}"
+        if not is_setting and not is_named(reward.function):
+            found["reward_model"] += f" {_digest(made_of(reward.function))}"
     elif isinstance(reward, RewardModel):
         found["reward_model"] = _of_parameters(reward.model.named_parameters())
         found["reward_template"] = "" if reward.template is None else name_of(reward.template)

@@ -15,6 +15,9 @@ def own_objects(settings: Any) -> Iterator[Any]:
 
     Args:
         settings: A dataclass, or a list of such, whose settings may be objects in their turn.
+
+    Yields:
+        In the order of the settings.
     """
     if is_dataclass(settings) and not isinstance(settings, type):
         for field in fields(settings):
@@ -22,7 +25,7 @@ def own_objects(settings: Any) -> Iterator[Any]:
     elif isinstance(settings, list | tuple):
         for item in settings:
             yield from own_objects(item)
-    elif callable(settings) and not _is_named(settings):
+    elif callable(settings) and not is_named(settings):
         yield settings
 
 
@@ -53,7 +56,7 @@ def _described(thing: Any) -> Any:
         return ["partial", thing.func, list(thing.args), thing.keywords]
     if inspect.ismethod(thing):
         return [_path(thing.__func__), thing.__self__]
-    if _is_named(thing):
+    if is_named(thing):
         return _path(thing)
     if isinstance(thing, set | frozenset):
         return sorted(map(str, thing))
@@ -62,12 +65,12 @@ def _described(thing: Any) -> Any:
     if hasattr(thing, "__dict__") and not isinstance(thing, Enum):
         held = vars(thing)
         return [_path(type(thing)), *([name, held[name]] for name in _parameters(type(thing)) if name in held)]
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+    return _path(type(thing)) if callable(thing) else re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
-def _is_named(thing: Any) -> bool:
+def is_named(thing: Any) -> bool:
     """Tell whether a function or class is found again by its name; a method is not, without its object."""
-    return hasattr(thing, "__qualname__") and (isinstance(thing, type) or not inspect.ismethod(thing))
+    return hasattr(thing, "__qualname__") and not inspect.ismethod(thing)
 
 
 def _path(thing: Any) -> str:
