@@ -7,6 +7,9 @@ from torch import Tensor
 BLOCK = 16
 """Tokens that are segmented one after the other: merging so short blocks would take longer."""
 
+NEVER = 1e300
+"""More than a sum of float32 numbers comes to: added to what shall not be less than another."""
+
 
 def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
@@ -37,41 +40,48 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     rows, width = surprise.shape
     length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
     filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
-    terms = torch.empty(3, length, rows, dtype=torch.float64, device=surprise.device)
-    begins, exact, line = terms
-    exact.copy_(filled.T.contiguous())  # quicker than to turn and to convert at once
+    exact = filled.T.contiguous().double()  # quicker than to turn and to convert at once
     blocks = (length // BLOCK, BLOCK, rows)
     stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
     ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
-    sums, rest = filled.cumsum(1, dtype=torch.float64).T, length + 1 - ends  # quicker than along the first axis
-    torch.addcmul(sums, exact, ends, value=-1, out=line)  # P_t - t s_t
-    torch.mul(stays.view(length, rows), rest, out=begins)
-    torch.sub(rest, begins, out=begins)  # counted from the end: the first is the largest
+    places = length + 1 - ends  # counted from the end: the first is the largest
+    sums = exact.cumsum(0)
     last = slice(BLOCK - 1, None, BLOCK)
     opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
-    opens = begins.view(blocks).le_(_first_that_stays(terms, opened)[:, None]).sub_(stays).bool()
+    stays = stays.view(length, rows)
+    line = sums.addcmul_(exact, ends, value=-1).add_(stays, alpha=NEVER)  # P_t - t s_t, of what may begin an action
+    kept = _first_that_stays(exact, line, places, opened)
+    opens = places.add(stays, alpha=NEVER).view(blocks) <= kept[:, None]
     return opens.view(length, rows)[:width].T.contiguous()
 
 
-def _first_that_stays(terms: Float[Tensor, "3 L B"], opened: Float[Tensor, "2 N B"]) -> Float[Tensor, "N B"]:
+def _first_that_stays(
+    surprise: Float[Tensor, "L B"],
+    line: Float[Tensor, "L B"],
+    places: Float[Tensor, "L 1"],
+    opened: Float[Tensor, "2 N B"],
+) -> Float[Tensor, "N B"]:
     """Merge N blocks in pairs, and return before which place none of a block's beginnings stays; see `mean_rises`.
 
     Args:
-        terms: (3, L, B) float64. The places where actions begin, counted from the end, 0 elsewhere; s_t; P_t - t s_t.
+        surprise: (L, B) float64. s_t.
+        line: (L, B) float64. P_t - t s_t where a block has an action begin, beyond all others elsewhere.
+        places: (L, 1) float64. Counted from the end: L for the first.
         opened: (2, N, B) float64. i and P_i of the action that each block leaves open.
 
     Returns:
         (N, B) float64. Counted from the end.
     """
-    _, length, rows = terms.shape
+    length, rows = surprise.shape
     kept = torch.full_like(opened[0], length)
     number = len(kept) // 2  # of pairs
     while number:
         span = len(kept) // number // 2  # blocks in each half
         left, own = opened.view(2, number, 2, 1, rows).unbind(2)
-        right, surprise, line = terms.view(3, number, 2, span * BLOCK, rows).select(2, 1).unbind()
         begin, before = left.unbind()
-        rises = torch.addcmul(line, surprise, begin).lt_(before)  # 1 or 0: comparing is quickest in place
+        halves = (x.view(number, 2, span * BLOCK, x.shape[1]) for x in (line, surprise, places))
+        terms, factors, right = (half.select(1, 1) for half in halves)
+        rises = torch.addcmul(terms, factors, begin).lt_(before)  # 1 or 0: comparing is quickest in place
         first = rises.mul_(right).amax(1, keepdim=True)
         kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
         opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
