@@ -58,7 +58,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from small_stanza import write_stanza  # noqa: E402
 
 ROWS, TOKENS, TURNS = 64, 512, 40
-SEARCHED = r"Step \d+:|[.!?] "
+SEARCHED = r"[.!?]['\")]*\s"
 CONDITIONS = (
     EveryToken(),
     FixedNgram(),
@@ -76,6 +76,7 @@ CONDITIONS = (
     Delimiter(r"\n\n"),
     Delimiter(r"\n\n|[.!?]\s"),
     Delimiter(r"(?<=[.!?])\s+|\n+"),
+    Delimiter(r"Step \d+:|[.!?] "),
     Delimiter(SEARCHED),
     ShuffledBoundaries(FixedNgram()),
     ShuffledBoundaries(Perplexity()),

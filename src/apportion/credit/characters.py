@@ -1,14 +1,13 @@
-r"""Where characters of a kind end macro actions: `\s`, `\w+` or `[.!?]+\s` in all texts at once, by a table.
+r"""Where sequences of characters end macro actions: `\s`, `[.!?]+\s` or `\n\n|Step \d+:` in all texts at once.
 
-A regular expression that is one character, or a run of such, or one behind another, needs no engine: of what kind a
-character is stands in a table. Where nearly every token ends a match, the engine of `re` would take several
-milliseconds to list them.
+A regular expression that asks one character after another of what kind it is needs no engine: kinds stand in a table,
+and all matches that begin anywhere are followed together, kind by kind. The engine of `re` would take milliseconds.
 """
 
 import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,34 +17,84 @@ from torch import Tensor
 from apportion.batch import ResponseTexts
 
 # Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
-_SET = r"(\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
-_PATTERN = re.compile(rf"(?:{_SET}\+?)?{_SET}(?:(\+)|\(\?={_SET}\))?", re.DOTALL)
-_MEMBER, _NEXT, _UNKNOWN = 1, 2, 4
-# What has been found out of each character there is, for each kind.
-_TABLES: defaultdict["Characters", bytearray] = defaultdict(lambda: bytearray([_UNKNOWN]) * (sys.maxunicode + 1))
+_SET = r"(?:\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
+_STEP = re.compile(rf"({_SET})(\+?)", re.DOTALL)
+_ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?((?:{_SET}\+?)+)(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
+
+Kinds = UInt8[np.ndarray, " N"]
+Places = Int[np.ndarray, " M"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What one alternative of a regular expression asks of the characters of a match, in turn; kinds are single bits.
+
+    Attributes:
+        behind: The kind of the character before the match; 0 where any may stand there, or none.
+        steps: For each kind its bit, and whether as many as there are follow one another.
+        ahead: The kind of the character after the match; 0 where any may stand there, or none.
+    """
+
+    behind: int
+    steps: tuple[tuple[int, bool], ...]
+    ahead: int
+
+    def is_plain(self, kinds: Kinds) -> bool:
+        """Tell whether no character is of two kinds of which one ends where the other begins.
+
+        With one that is, a run might have to give back what it took, or might begin at its second character.
+        """
+        next_kinds = [kind for kind, _ in self.steps[1:]] + [self.ahead]
+        pairs = [kind | after for (kind, runs), after in zip(self.steps, next_kinds, strict=True) if runs and after]
+        if self.behind and self.steps[0][1]:
+            pairs.append(self.behind | self.steps[0][0])
+        return not any((kinds & pair == pair).any() for pair in pairs)
+
+    def follow(self, kinds: Kinds) -> tuple[Places, Places]:
+        """Find where matches begin, and where they end, behind their last character; runs from their first on."""
+        (kind, runs), *steps = self.steps
+        members = _are(kinds, kind)
+        if runs and not self.behind:
+            edges = np.flatnonzero(members[1:] != members[:-1]) + 1
+            starts, stops = edges[::2], edges[1::2]
+        else:
+            starts = np.flatnonzero(members[1:] & _are(kinds[:-1], self.behind) if self.behind else members[1:]) + 1
+            stops = _behind(starts, kinds, kind, runs)
+        for kind, runs in steps:
+            starts, stops = _those(_are(kinds[stops], kind), starts, stops)
+            stops = _behind(stops, kinds, kind, runs)
+        return _those(_are(kinds[stops], self.ahead), starts, stops) if self.ahead else (starts, stops)
 
 
 @dataclass(frozen=True)
 class Characters:
-    """A kind of characters, each of which ends a match, or each run of them, or each before one of another kind.
+    """A regular expression that is made of kinds of characters, runs of them, and alternatives of such.
 
     Attributes:
-        kind: A regular expression that matches one character, whatever stands around it.
-        runs: Whether a match reaches as far as it can.
-        following: The kind that has to follow, which a match leaves out; None where any may, or the end.
-        leading: The kind that a match begins with, one or more, before those of `kind`; None where there is none.
+        kinds: Regular expressions of at most eight, each of which matches one character, whatever stands around it.
+        alternatives: The alternatives, the first of which is preferred.
     """
 
-    kind: str
-    runs: bool
-    following: str | None
-    leading: str | None
+    kinds: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
 
     @classmethod
     def of(cls, pattern: str) -> "Characters | None":
         """Recognise a regular expression that is no more than this; None for any other."""
-        found = _PATTERN.fullmatch(pattern)
-        return None if found is None or (found[1] and found[4]) else cls(found[2], bool(found[3]), found[4], found[1])
+        kinds: dict[str, int] = {}
+
+        def bit(kind: str | None) -> int:
+            return 0 if kind is None else kinds.setdefault(kind, 1 << len(kinds))
+
+        alternatives, place = [], 0
+        while found := _ALTERNATIVE.match(pattern, place):
+            behind, steps, ahead, bar = found.groups()
+            steps = tuple((bit(kind), bool(plus)) for kind, plus in _STEP.findall(steps))
+            alternatives.append(Alternative(bit(behind), steps, bit(ahead)))
+            place = found.end()
+            if not bar:
+                return cls(tuple(kinds), tuple(alternatives)) if len(kinds) <= 8 else None
+        return None
 
     def end_in(self, text: ResponseTexts) -> Bool[Tensor, "B T"] | None:
         """Mark the tokens that hold the last character of a match: of those that share it, the last.
@@ -54,65 +103,109 @@ class Characters:
             text: B responses of T tokens.
 
         Returns:
-            (B, T) bool. None where a character of the texts is both of `kind` and of `leading`: then what begins a
-            match depends on where the one before it ended, and that is for `re`.
+            (B, T) bool. None where which characters a match takes depends on more than their kinds; that is for `re`.
         """
         begins = text.begins
         lengths = np.array([*map(len, text.texts)], dtype=np.int64)
-        stops = lengths.cumsum()
-        kinds = self._kinds("".join(text.texts) + "\0")
-        if self.leading is not None and kinds.max() == _MEMBER | _NEXT:
+        bounds = (lengths + 1).cumsum()
+        kinds = _table(self.kinds).look_up("\0".join(("", *text.texts, "")))
+        kinds[0] = kinds[bounds] = 0  # what stands between two texts is of no kind
+        stops = self._stops(kinds)
+        if stops is None:
             return None
-        ends = (kinds & _MEMBER).view(bool)
-        if self.runs or self.following is not None:
-            followed = np.roll((kinds & (_MEMBER if self.runs else _NEXT)) > 0, -1)
-            followed[stops - 1] = followed[-1] = False  # what follows the last character of a text is another one's
-            ends = ends > followed if self.runs else ends & followed
-        if self.leading is not None:
-            ends = self._led(ends, kinds, stops)
-        before = np.zeros(len(ends) + 1, dtype=np.int32)
-        np.cumsum(ends, out=before[1:])
-        on_host = (torch.from_numpy(x) for x in (before, lengths, stops))
-        before, lengths, stops = (x.to(begins.device, non_blocking=True) for x in on_host)
-        starts = (stops - lengths)[:, None]
-        places = torch.cat([starts + torch.minimum(begins, lengths[:, None]), stops[:, None]], 1)
+        before = np.zeros(len(kinds), dtype=np.int32)
+        before[stops] = 1
+        np.cumsum(before, out=before)
+        on_host = (torch.from_numpy(x) for x in (before, lengths, bounds))
+        before, lengths, bounds = (x.to(begins.device, non_blocking=True) for x in on_host)
+        starts = (bounds - lengths)[:, None]
+        places = torch.cat([starts + torch.minimum(begins, lengths[:, None]), bounds[:, None]], 1)
         counts = before.index_select(0, places.view(-1)).view(places.shape)
         return counts[:, 1:] > counts[:, :-1]
 
-    def _led(
-        self, ends: Bool[np.ndarray, " N"], kinds: UInt8[np.ndarray, " N"], stops: Int[np.ndarray, " B"]
-    ) -> Bool[np.ndarray, " N"]:
-        """Keep the ends of those members, or runs of them, that begin behind a leading character of the same text."""
-        leads, members = (np.roll((kinds & kind) > 0, 1) for kind in (_NEXT, _MEMBER))
-        for before in (leads, members):
-            before[0] = before[stops] = False
-        if not self.runs:
-            return ends & leads
-        begins = (kinds & _MEMBER).view(bool) > members
-        kept = np.zeros_like(ends)
-        kept[np.flatnonzero(ends)[leads[np.flatnonzero(begins)]]] = True
-        return kept
+    def _stops(self, kinds: Kinds) -> Places | None:
+        """List where matches end, of those that overlap the first from the left; None where that is for `re`."""
+        if not all(alternative.is_plain(kinds) for alternative in self.alternatives):
+            return None
+        found = [alternative.follow(kinds) for alternative in self.alternatives]
+        starts, stops = (np.concatenate(places) for places in zip(*found, strict=True))
+        order = starts.argsort(kind="stable") if len(found) > 1 else slice(None)
+        starts, stops = starts[order], stops[order]
+        if (starts[1:] >= stops[:-1]).all():
+            return stops
+        before = np.maximum.accumulate(np.concatenate([[0], stops]))[:-1]
+        free = starts >= before
+        if (free | (stops <= before)).all():  # those that begin inside of others end there, too
+            return stops[free]
+        sizes = [len(places) for places, _ in found]
+        in_runs = np.repeat([alternative.steps[0][1] for alternative in self.alternatives], sizes)[order]
+        return _first_from_left(starts, stops, in_runs)
 
-    def _kinds(self, text: str) -> UInt8[np.ndarray, " N"]:
-        """Tell of each character what it is: a member, or one that may follow or lead, or both."""
-        table = _TABLES[self]
-        found = _look_up(table, text)
-        if found.max() == _UNKNOWN:
+
+def _first_from_left(
+    starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"], in_runs: Bool[np.ndarray, " M"]
+) -> Int[np.ndarray, " K"] | None:
+    """Keep of matches that overlap those that a search from the left finds.
+
+    Returns:
+        Where they stop. None where one that begins with a run is cut short: it might begin again behind the cut.
+    """
+    kept, reached = [], 0
+    for start, stop, in_run in zip(starts.data, stops.data, in_runs.data, strict=True):
+        if start >= reached:
+            kept.append(reached := stop)
+        elif in_run and stop > reached:
+            return None
+    return np.array(kept, dtype=np.int64)
+
+
+def _are(kinds: Kinds, kind: int) -> Bool[np.ndarray, " N"]:
+    """Tell which characters are of a kind."""
+    return (kinds & kind) != 0
+
+
+def _behind(places: Places, kinds: Kinds, kind: int, runs: bool) -> Places:
+    """Step over the character of a kind at each place, or over all of its run."""
+    if not runs or not len(places):
+        return places + 1
+    members = _are(kinds, kind)
+    stops = np.flatnonzero(members[:-1] > members[1:]) + 1
+    return stops[np.searchsorted(stops, places)]
+
+
+def _those(
+    so: Bool[np.ndarray, " M"], starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"]
+) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
+    """Keep the K matches of which something is so."""
+    kept = np.flatnonzero(so)
+    return starts[kept], stops[kept]
+
+
+class _Table:
+    """Of which kinds each character is, a bit for each: what has been found out."""
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self._kinds = [re.compile(kind) for kind in kinds]
+        self._first = bytes(map(self._ask, bytes(range(256)).decode("latin-1")))
+        self._all: Int[np.ndarray, " C"] | None = None
+
+    def look_up(self, text: str) -> Kinds:
+        """Tell of each character what it is: in half of the time where all are of the first 256."""
+        try:
+            return np.frombuffer(bytearray(text.encode("latin-1").translate(self._first)), dtype=np.uint8)
+        except UnicodeEncodeError:
+            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
+        if self._all is None:
+            self._all = np.full(sys.maxunicode + 1, -1, dtype=np.int16)
+        found = self._all.take(codes)
+        if found.min() < 0:
             for character in set(text):
-                table[ord(character)] = self._kind(character)
-            found = _look_up(table, text)
-        return found
+                self._all[ord(character)] = self._ask(character)
+            found = self._all.take(codes)
+        return found.astype(np.uint8)
 
-    def _kind(self, character: str) -> int:
-        member = re.fullmatch(self.kind, character) is not None
-        other = self.following or self.leading
-        return _MEMBER * member + _NEXT * (other is not None and re.fullmatch(other, character) is not None)
+    def _ask(self, character: str) -> int:
+        return sum(1 << i for i, kind in enumerate(self._kinds) if kind.fullmatch(character))
 
 
-def _look_up(table: bytearray, text: str) -> UInt8[np.ndarray, " N"]:
-    """Read what stands in a table for each character of a text: in half of the time where all are of the first 256."""
-    try:
-        return np.frombuffer(text.encode("latin-1").translate(bytes(table[:256])), dtype=np.uint8)
-    except UnicodeEncodeError:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
-        return np.frombuffer(table, dtype=np.uint8).take(codes)
+_table = cache(_Table)

@@ -67,7 +67,7 @@ class Delimiter(TerminationCondition):
 
     @cached_property
     def _characters(self) -> Characters | None:
-        """The pattern, where it is a set of characters."""
+        """The pattern, where it asks of nothing but what kinds of characters follow one another."""
         return Characters.of(self.pattern)
 
     def _ends(self, texts: tuple[str, ...]) -> Int[Tensor, "B M"]:
