@@ -162,6 +162,23 @@ def test_words_joined_by_spaces_own_the_space_before_them(tokenizer: PreTrainedT
 def test_an_unknown_joining_rule_is_read_off_the_decoder(wordpiece: PreTrainedTokenizerFast) -> None:
     ids = ids_of(wordpiece, "a", "play", "##ing", "film", "##s")
     assert texts_of(wordpiece, ids) == [b"a", b" play", b"ing", b" film", b"s"]
+    ids = ids_of(wordpiece, "<pad>", "##s", "film", ".", "##s", "<pad>", "##s", ".")
+    assert texts_of(wordpiece, ids) == [b"", b"##s", b" film", b".", b"s", b"", b"s", b"."]
+
+
+def test_joining_that_depends_on_the_token_before_is_read_off_every_prefix(wordpiece: PreTrainedTokenizerFast) -> None:
+    """A decoder of speech writes what is repeated once."""
+    speech = PreTrainedTokenizerFast(tokenizer_object=wordpiece.backend_tokenizer, pad_token="<pad>")
+    speech.backend_tokenizer.decoder = decoders.CTC(pad_token="<pad>", word_delimiter_token=".", cleanup=False)
+    ids = ids_of(speech, "a", "a", "film", "film", "film", ".", "play")
+    assert texts_of(speech, ids) == [b"a", b"", b"film", b"", b"", b".", b"play"]
+
+
+@given(ids=st.lists(st.integers(0, 7), max_size=12))
+def test_tokens_joined_one_by_one_are_those_of_every_prefix(wordpiece: PreTrainedTokenizerFast, ids: list[int]) -> None:
+    spans, said = token_spans(wordpiece, ids), decoded(wordpiece, ids).encode()
+    for place, (_, end) in enumerate(spans):
+        assert said[:end] == decoded(wordpiece, ids[: place + 1]).encode()
 
 
 def test_no_tokens_have_no_spans(gpt2: PreTrainedTokenizerFast, wordpiece: PreTrainedTokenizerFast) -> None:

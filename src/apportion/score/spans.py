@@ -2,11 +2,12 @@
 
 The ids are those that were sampled: tokenising the text again gives the canonical ones, which need not be the same. A
 tokenizer does not say how its decoder joins tokens, so the joining rules in use are tried in turn, and one is accepted
-only if it rebuilds the decoded text to the byte. Where none does, spans come from decoding every prefix.
+only if it rebuilds the decoded text to the byte. Where none does, spans come from decoding every prefix, which takes
+time that grows with the square of the length.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 
 from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def decode_with_spans(
     """
     data = _decode(tokenizer, ids)
     tokens = ["" if token in special else name for token, name in zip(ids, _names(tokenizer, ids), strict=True)]
-    for pieces in (_lossy(byte_level_pieces(tokens)), _fallback(tokens), _words(tokens)):
+    for pieces in _joinings(tokenizer, ids, tokens):
         if (fitted := _fitted(pieces, data)) is not None:
             return data, list(pairwise(accumulate(map(len, fitted), initial=0)))
     return data, _prefix_spans(tokenizer, ids, data)
@@ -138,6 +139,14 @@ def _shares(spans: list[Span], tokens: Sequence[str]) -> list[Span]:
     return spans
 
 
+def _joinings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], tokens: Sequence[str]) -> Iterator[list[bytes]]:
+    """Try one rule after the other, the frequent and quick ones first."""
+    yield _lossy(byte_level_pieces(tokens))
+    yield _fallback(tokens)
+    yield _words(tokens)
+    yield _one_by_one(tokenizer, ids, tokens)
+
+
 def _fitted(pieces: list[bytes], data: bytes) -> list[bytes] | None:
     """Return pieces that join to the data, where need be without the space that decoders strip from the beginning."""
     joined = b"".join(pieces)
@@ -189,6 +198,20 @@ def _words(tokens: Sequence[str]) -> list[bytes]:
     """Join words by spaces, each space with the word after it."""
     first = next((place for place, token in enumerate(tokens) if token), len(tokens))
     return [(" " * (place > first) + token).encode() if token else b"" for place, token in enumerate(tokens)]
+
+
+def _one_by_one(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], tokens: Sequence[str]) -> list[bytes]:
+    """Join each token as the decoder joins it to the first, whatever stands between them (WordPiece)."""
+    places = [place for place, token in enumerate(tokens) if token]
+    pieces = [b""] * len(tokens)
+    if places:
+        first = ids[places[0]]
+        opening = _decode(tokenizer, [first])
+        joined = {number: _decode(tokenizer, [first, number])[len(opening) :] for number in {*ids}}
+        for place in places[1:]:
+            pieces[place] = joined[ids[place]]
+        pieces[places[0]] = opening
+    return pieces
 
 
 def _prefix_spans(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], data: bytes) -> list[Span]:
