@@ -58,7 +58,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from small_stanza import write_stanza  # noqa: E402
 
 ROWS, TOKENS, TURNS = 64, 512, 40
-SEARCHED = r"[.!?]['\")]*\s"
+SEARCHED = r"\b(?:Step|Case) \d+:"
 CONDITIONS = (
     EveryToken(),
     FixedNgram(),
@@ -77,6 +77,7 @@ CONDITIONS = (
     Delimiter(r"\n\n|[.!?]\s"),
     Delimiter(r"(?<=[.!?])\s+|\n+"),
     Delimiter(r"Step \d+:|[.!?] "),
+    Delimiter(r"[.!?]['\")]*\s"),
     Delimiter(SEARCHED),
     ShuffledBoundaries(FixedNgram()),
     ShuffledBoundaries(Perplexity()),

@@ -18,11 +18,46 @@ from apportion.batch import ResponseTexts
 
 # Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
 _SET = r"(?:\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
-_STEP = re.compile(rf"({_SET})(\+?)", re.DOTALL)
-_ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?((?:{_SET}\+?)+)(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
+_STEP = re.compile(rf"({_SET})([+*?]?)", re.DOTALL)
+_STEPS = rf"{_SET}\+?(?:{_SET}[+*?]?)*"
+_ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?({_STEPS})(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
 
 Kinds = UInt8[np.ndarray, " N"]
 Places = Int[np.ndarray, " M"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the next characters of a match are to be.
+
+    Attributes:
+        kind: One bit.
+        runs: Whether as many are taken as there are, or one.
+        optional: Whether there may be none.
+    """
+
+    kind: int
+    runs: bool
+    optional: bool
+
+    def behind(self, places: Int[np.ndarray, " M"], kinds: Kinds) -> Int[np.ndarray, " M"]:
+        """Step over the character of the kind at each place, or over all of its run."""
+        if not self.runs or not len(places):
+            return places + 1
+        members = _are(kinds, self.kind)
+        stops = np.flatnonzero(members[:-1] > members[1:]) + 1
+        return stops[np.searchsorted(stops, places)]
+
+    def take(
+        self, kinds: Kinds, starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"]
+    ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
+        """Lengthen matches by this step, and keep those for which that can be done."""
+        here = np.flatnonzero(_are(kinds[stops], self.kind))
+        if self.optional:
+            stops = stops.copy()
+            stops[here] = self.behind(stops[here], kinds)
+            return starts, stops
+        return starts[here], self.behind(stops[here], kinds)
 
 
 @dataclass(frozen=True)
@@ -30,40 +65,51 @@ class Alternative:
     """What one alternative of a regular expression asks of the characters of a match, in turn; kinds are single bits.
 
     Attributes:
-        behind: The kind of the character before the match; 0 where any may stand there, or none.
-        steps: For each kind its bit, and whether as many as there are follow one another.
+        before: The kind of the character before the match; 0 where any may stand there, or none.
+        steps: The characters of the match; the first step is not optional.
         ahead: The kind of the character after the match; 0 where any may stand there, or none.
     """
 
-    behind: int
-    steps: tuple[tuple[int, bool], ...]
+    before: int
+    steps: tuple[Step, ...]
     ahead: int
 
     def is_plain(self, kinds: Kinds) -> bool:
         """Tell whether no character is of two kinds of which one ends where the other begins.
 
-        With one that is, a run might have to give back what it took, or might begin at its second character.
+        With one that is, a step might have to give back what it took, or might begin at a run's second character.
         """
-        next_kinds = [kind for kind, _ in self.steps[1:]] + [self.ahead]
-        pairs = [kind | after for (kind, runs), after in zip(self.steps, next_kinds, strict=True) if runs and after]
-        if self.behind and self.steps[0][1]:
-            pairs.append(self.behind | self.steps[0][0])
+        pairs = [self.before | self.steps[0].kind] if self.before and self.steps[0].runs else []
+        for place, step in enumerate(self.steps, 1):
+            if step.runs or step.optional:
+                pairs += [step.kind | after for after in self._after(place)]
         return not any((kinds & pair == pair).any() for pair in pairs)
+
+    def _after(self, place: int) -> list[int]:
+        """List the kinds that may come next behind so many steps."""
+        after = []
+        for step in self.steps[place:]:
+            after.append(step.kind)
+            if not step.optional:
+                return after
+        return [*after, self.ahead] if self.ahead else after
 
     def follow(self, kinds: Kinds) -> tuple[Places, Places]:
         """Find where matches begin, and where they end, behind their last character; runs from their first on."""
-        (kind, runs), *steps = self.steps
-        members = _are(kinds, kind)
-        if runs and not self.behind:
+        first, *steps = self.steps
+        members = _are(kinds, first.kind)
+        if first.runs and not self.before:
             edges = np.flatnonzero(members[1:] != members[:-1]) + 1
             starts, stops = edges[::2], edges[1::2]
         else:
-            starts = np.flatnonzero(members[1:] & _are(kinds[:-1], self.behind) if self.behind else members[1:]) + 1
-            stops = _behind(starts, kinds, kind, runs)
-        for kind, runs in steps:
-            starts, stops = _those(_are(kinds[stops], kind), starts, stops)
-            stops = _behind(stops, kinds, kind, runs)
-        return _those(_are(kinds[stops], self.ahead), starts, stops) if self.ahead else (starts, stops)
+            starts = np.flatnonzero(members[1:] & _are(kinds[:-1], self.before) if self.before else members[1:]) + 1
+            stops = first.behind(starts, kinds)
+        for step in steps:
+            starts, stops = step.take(kinds, starts, stops)
+        if not self.ahead:
+            return starts, stops
+        kept = np.flatnonzero(_are(kinds[stops], self.ahead))
+        return starts[kept], stops[kept]
 
 
 @dataclass(frozen=True)
@@ -88,9 +134,9 @@ class Characters:
 
         alternatives, place = [], 0
         while found := _ALTERNATIVE.match(pattern, place):
-            behind, steps, ahead, bar = found.groups()
-            steps = tuple((bit(kind), bool(plus)) for kind, plus in _STEP.findall(steps))
-            alternatives.append(Alternative(bit(behind), steps, bit(ahead)))
+            before, steps, ahead, bar = found.groups()
+            steps = [Step(bit(kind), often in ("+", "*"), often in ("*", "?")) for kind, often in _STEP.findall(steps)]
+            alternatives.append(Alternative(bit(before), tuple(steps), bit(ahead)))
             place = found.end()
             if not bar:
                 return cls(tuple(kinds), tuple(alternatives)) if len(kinds) <= 8 else None
@@ -138,7 +184,7 @@ class Characters:
         if (free | (stops <= before)).all():  # those that begin inside of others end there, too
             return stops[free]
         sizes = [len(places) for places, _ in found]
-        in_runs = np.repeat([alternative.steps[0][1] for alternative in self.alternatives], sizes)[order]
+        in_runs = np.repeat([alternative.steps[0].runs for alternative in self.alternatives], sizes)[order]
         return _first_from_left(starts, stops, in_runs)
 
 
@@ -162,23 +208,6 @@ def _first_from_left(
 def _are(kinds: Kinds, kind: int) -> Bool[np.ndarray, " N"]:
     """Tell which characters are of a kind."""
     return (kinds & kind) != 0
-
-
-def _behind(places: Places, kinds: Kinds, kind: int, runs: bool) -> Places:
-    """Step over the character of a kind at each place, or over all of its run."""
-    if not runs or not len(places):
-        return places + 1
-    members = _are(kinds, kind)
-    stops = np.flatnonzero(members[:-1] > members[1:]) + 1
-    return stops[np.searchsorted(stops, places)]
-
-
-def _those(
-    so: Bool[np.ndarray, " M"], starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"]
-) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
-    """Keep the K matches of which something is so."""
-    kept = np.flatnonzero(so)
-    return starts[kept], stops[kept]
 
 
 class _Table:
