@@ -99,6 +99,7 @@ def test_a_set_of_characters_is_found_where_the_engine_finds_it(text: str) -> No
         ("ab|abe", "abe" * 50, True),  # of two that begin together the first
         (r"\s+\n", "a  b", True),  # no character is both
         (r"\s+\n", "a \n", False),  # the run would have to give the line's end back
+        ("a+b?a", "aba aa", False),  # so might it where what follows is missing
         ("(?<=[ab])b+", "bbb", False),  # matches at the second
         ("ab|[bc]+", "abc", False),  # "ab", and then "c"
     ],
