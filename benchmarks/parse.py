@@ -212,11 +212,13 @@ def in_a_step(data: Path, steps: int, name: str, condition: TerminationCondition
 def report(data: Path, steps: int) -> Iterator[str]:
     """Measure, and write the report line by line."""
     git = ("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
-    models = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
+    about = Path("/proc/cpuinfo").read_text()
+    model = next(line.split(":")[1].strip() for line in about.splitlines() if "model name" in line)
+    vectors = "with" if "avx512f" in about else "without"
     yield from ("# Termination conditions, one thread", "")
     yield f"- command: `python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
     yield f"- commit: {subprocess.run(git, capture_output=True, text=True).stdout.strip()}"
-    yield f"- machine: {models[0].split(':')[1].strip()}, {os.cpu_count()} cores; torch {torch.__version__}"
+    yield f"- machine: {model} {vectors} AVX-512, {os.cpu_count()} cores; torch {torch.__version__}"
     yield f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; load average of the minute before: {os.getloadavg()[0]:.1f}"
     yield from alone()
     yield from programs(data)

@@ -1,13 +1,14 @@
 r"""Where sequences of characters end macro actions: `\s`, `[.!?]+\s` or `\n\n|Step \d+:` in all texts at once.
 
 A regular expression that asks one character after another of what kind it is needs no engine: kinds stand in a table,
-and all matches that begin anywhere are followed together, kind by kind. The engine of `re` would take milliseconds.
+and all matches that begin anywhere are followed together, kind by kind. The engine of `re` would take milliseconds, but
+for a plain text to look for, which is left to it.
 """
 
 import re
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,11 +20,17 @@ from apportion.batch import ResponseTexts
 # Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
 _SET = r"(?:\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
 _STEP = re.compile(rf"({_SET})([+*?]?)", re.DOTALL)
+_LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]|()]|\\[nrtfv]|\\[^0-9A-Za-z]){2,}", re.DOTALL)
 _STEPS = rf"{_SET}\+?(?:{_SET}[+*?]?)*"
 _ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?({_STEPS})(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
 
-Kinds = UInt8[np.ndarray, " N"]
+MOST_STEPS = 32
+"""Steps of a regular expression, in all its alternatives: `re` is quicker with more."""
+
+Marks = UInt8[np.ndarray, " N"]
+"""Of each character of all texts, a bit for each kind that it is of."""
 Places = Int[np.ndarray, " M"]
+"""Characters of all texts, by their number."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +47,21 @@ class Step:
     runs: bool
     optional: bool
 
-    def behind(self, places: Int[np.ndarray, " M"], kinds: Kinds) -> Int[np.ndarray, " M"]:
+    def behind(self, places: Places, marks: Marks) -> Places:
         """Step over the character of the kind at each place, or over all of its run."""
         if not self.runs or not len(places):
             return places + 1
-        members = _are(kinds, self.kind)
+        members = _are(marks, self.kind)
         stops = np.flatnonzero(members[:-1] > members[1:]) + 1
         return stops[np.searchsorted(stops, places)]
 
-    def take(
-        self, kinds: Kinds, starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"]
-    ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
-        """Lengthen matches by this step, and keep those for which that can be done."""
-        here = np.flatnonzero(_are(kinds[stops], self.kind))
+    def take(self, marks: Marks, starts: Places, stops: Places) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
+        """Lengthen matches by this step, in place where it is optional; keep those for which that can be done."""
+        here = np.flatnonzero(_are(marks[stops], self.kind))
         if self.optional:
-            stops = stops.copy()
-            stops[here] = self.behind(stops[here], kinds)
+            stops[here] = self.behind(stops[here], marks)
             return starts, stops
-        return starts[here], self.behind(stops[here], kinds)
+        return starts[here], self.behind(stops[here], marks)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Alternative:
     steps: tuple[Step, ...]
     ahead: int
 
-    def is_plain(self, kinds: Kinds) -> bool:
+    def is_plain(self, marks: Marks) -> bool:
         """Tell whether no character is of two kinds of which one ends where the other begins.
 
         With one that is, a step might have to give back what it took, or might begin at a run's second character.
@@ -83,7 +87,7 @@ class Alternative:
         for place, step in enumerate(self.steps, 1):
             if step.runs or step.optional:
                 pairs += [step.kind | after for after in self._after(place)]
-        return not any((kinds & pair == pair).any() for pair in pairs)
+        return not any((marks & pair == pair).any() for pair in pairs)
 
     def _after(self, place: int) -> list[int]:
         """List the kinds that may come next behind so many steps."""
@@ -94,21 +98,21 @@ class Alternative:
                 return after
         return [*after, self.ahead] if self.ahead else after
 
-    def follow(self, kinds: Kinds) -> tuple[Places, Places]:
+    def follow(self, marks: Marks) -> tuple[Places, Places]:
         """Find where matches begin, and where they end, behind their last character; runs from their first on."""
         first, *steps = self.steps
-        members = _are(kinds, first.kind)
+        members = _are(marks, first.kind)
         if first.runs and not self.before:
             edges = np.flatnonzero(members[1:] != members[:-1]) + 1
             starts, stops = edges[::2], edges[1::2]
         else:
-            starts = np.flatnonzero(members[1:] & _are(kinds[:-1], self.before) if self.before else members[1:]) + 1
-            stops = first.behind(starts, kinds)
+            starts = np.flatnonzero(members[1:] & _are(marks[:-1], self.before) if self.before else members[1:]) + 1
+            stops = first.behind(starts, marks)
         for step in steps:
-            starts, stops = step.take(kinds, starts, stops)
+            starts, stops = step.take(marks, starts, stops)
         if not self.ahead:
             return starts, stops
-        kept = np.flatnonzero(_are(kinds[stops], self.ahead))
+        kept = np.flatnonzero(_are(marks[stops], self.ahead))
         return starts[kept], stops[kept]
 
 
@@ -127,19 +131,23 @@ class Characters:
     @classmethod
     def of(cls, pattern: str) -> "Characters | None":
         """Recognise a regular expression that is no more than this; None for any other."""
-        kinds: dict[str, int] = {}
+        bits: dict[str, int] = {}
+        if _LITERAL.fullmatch(pattern):
+            return None
 
         def bit(kind: str | None) -> int:
-            return 0 if kind is None else kinds.setdefault(kind, 1 << len(kinds))
+            return 0 if kind is None else bits.setdefault(kind, 1 << len(bits))
 
         alternatives, place = [], 0
         while found := _ALTERNATIVE.match(pattern, place):
-            before, steps, ahead, bar = found.groups()
-            steps = [Step(bit(kind), often in ("+", "*"), often in ("*", "?")) for kind, often in _STEP.findall(steps)]
+            before, written, ahead, bar = found.groups()
+            parts = _STEP.findall(written)
+            steps = (Step(bit(kind), often in ("+", "*"), often in ("*", "?")) for kind, often in parts)
             alternatives.append(Alternative(bit(before), tuple(steps), bit(ahead)))
             place = found.end()
             if not bar:
-                return cls(tuple(kinds), tuple(alternatives)) if len(kinds) <= 8 else None
+                length = sum(len(alternative.steps) for alternative in alternatives)
+                return cls(tuple(bits), tuple(alternatives)) if len(bits) <= 8 and length <= MOST_STEPS else None
         return None
 
     def end_in(self, text: ResponseTexts) -> Bool[Tensor, "B T"] | None:
@@ -154,12 +162,12 @@ class Characters:
         begins = text.begins
         lengths = np.array([*map(len, text.texts)], dtype=np.int64)
         bounds = (lengths + 1).cumsum()
-        kinds = _table(self.kinds).look_up("\0".join(("", *text.texts, "")))
-        kinds[0] = kinds[bounds] = 0  # what stands between two texts is of no kind
-        stops = self._stops(kinds)
+        marks = _table(self.kinds).look_up("\0".join(("", *text.texts, "")))
+        marks[0] = marks[bounds] = 0  # what stands between two texts is of no kind
+        stops = self._stops(marks)
         if stops is None:
             return None
-        before = np.zeros(len(kinds), dtype=np.int32)
+        before = np.zeros(len(marks), dtype=np.int32)
         before[stops] = 1
         np.cumsum(before, out=before)
         on_host = (torch.from_numpy(x) for x in (before, lengths, bounds))
@@ -169,11 +177,11 @@ class Characters:
         counts = before.index_select(0, places.view(-1)).view(places.shape)
         return counts[:, 1:] > counts[:, :-1]
 
-    def _stops(self, kinds: Kinds) -> Places | None:
+    def _stops(self, marks: Marks) -> Places | None:
         """List where matches end, of those that overlap the first from the left; None where that is for `re`."""
-        if not all(alternative.is_plain(kinds) for alternative in self.alternatives):
+        if not all(alternative.is_plain(marks) for alternative in self.alternatives):
             return None
-        found = [alternative.follow(kinds) for alternative in self.alternatives]
+        found = [alternative.follow(marks) for alternative in self.alternatives]
         starts, stops = (np.concatenate(places) for places in zip(*found, strict=True))
         order = starts.argsort(kind="stable") if len(found) > 1 else slice(None)
         starts, stops = starts[order], stops[order]
@@ -188,9 +196,7 @@ class Characters:
         return _first_from_left(starts, stops, in_runs)
 
 
-def _first_from_left(
-    starts: Int[np.ndarray, " M"], stops: Int[np.ndarray, " M"], in_runs: Bool[np.ndarray, " M"]
-) -> Int[np.ndarray, " K"] | None:
+def _first_from_left(starts: Places, stops: Places, in_runs: Bool[np.ndarray, " M"]) -> Int[np.ndarray, " K"] | None:
     """Keep of matches that overlap those that a search from the left finds.
 
     Returns:
@@ -205,36 +211,35 @@ def _first_from_left(
     return np.array(kept, dtype=np.int64)
 
 
-def _are(kinds: Kinds, kind: int) -> Bool[np.ndarray, " N"]:
+def _are(marks: Marks, kind: int) -> Bool[np.ndarray, " N"]:
     """Tell which characters are of a kind."""
-    return (kinds & kind) != 0
+    return (marks & kind) != 0
 
 
 class _Table:
-    """Of which kinds each character is, a bit for each: what has been found out."""
+    """Of which kinds each character is: what has been found out. Threads may share it, for no entry ever changes."""
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self._kinds = [re.compile(kind) for kind in kinds]
-        self._first = bytes(map(self._ask, bytes(range(256)).decode("latin-1")))
-        self._all: Int[np.ndarray, " C"] | None = None
+        self._latin = bytes(map(self._ask, bytes(range(256)).decode("latin-1")))
+        # One more than the marks, 0 where they are not known: of zeros only what is written to takes memory.
+        self._any = np.zeros(sys.maxunicode + 1, dtype=np.int16)
 
-    def look_up(self, text: str) -> Kinds:
+    def look_up(self, text: str) -> Marks:
         """Tell of each character what it is: in half of the time where all are of the first 256."""
         try:
-            return np.frombuffer(bytearray(text.encode("latin-1").translate(self._first)), dtype=np.uint8)
+            return np.frombuffer(bytearray(text.encode("latin-1").translate(self._latin)), dtype=np.uint8)
         except UnicodeEncodeError:
             codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
-        if self._all is None:
-            self._all = np.full(sys.maxunicode + 1, -1, dtype=np.int16)
-        found = self._all.take(codes)
-        if found.min() < 0:
+        found = self._any.take(codes)
+        if not found.all():
             for character in set(text):
-                self._all[ord(character)] = self._ask(character)
-            found = self._all.take(codes)
-        return found.astype(np.uint8)
+                self._any[ord(character)] = self._ask(character) + 1
+            found = self._any.take(codes)
+        return (found - 1).astype(np.uint8)
 
     def _ask(self, character: str) -> int:
         return sum(1 << i for i, kind in enumerate(self._kinds) if kind.fullmatch(character))
 
 
-_table = cache(_Table)
+_table = lru_cache(maxsize=64)(_Table)

@@ -7,9 +7,6 @@ from torch import Tensor
 BLOCK = 16
 """Tokens that are segmented one after the other: merging so short blocks would take longer."""
 
-NEVER = 1e300
-"""More than a sum of float32 numbers comes to: added to what shall not be less than another."""
-
 
 def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Mark where actions begin when each ends before the token that exceeds its mean; without meaning in the filling.
@@ -18,7 +15,8 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     stay, but for those up to the first that exceeds the mean of the action which the left block leaves open. That is
     exact: inside an action of the right block the mean only falls from the first token on, and if that token did not
     exceed the open action's mean, then the open action's mean stays the higher, and no token exceeds it. For the same
-    reason beginnings that a merge has dropped need not be told apart by later ones: none exceeds a mean sooner.
+    reason a merge need not know which tokens are beginnings, and which of them were dropped: none else exceeds a mean
+    sooner.
 
     With P_t the sum before t, token t exceeds the mean of the action that began at i when
 
@@ -49,9 +47,9 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     last = slice(BLOCK - 1, None, BLOCK)
     opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
     stays = stays.view(length, rows)
-    line = sums.addcmul_(exact, ends, value=-1).add_(stays, alpha=NEVER)  # P_t - t s_t, of what may begin an action
+    line = sums.addcmul_(exact, ends, value=-1)  # P_t - t s_t
     kept = _first_that_stays(exact, line, places, opened)
-    opens = places.add(stays, alpha=NEVER).view(blocks) <= kept[:, None]
+    opens = places.add(stays, alpha=length).view(blocks) <= kept[:, None]  # by that much, too late
     return opens.view(length, rows)[:width].T.contiguous()
 
 
@@ -65,7 +63,7 @@ def _first_that_stays(
 
     Args:
         surprise: (L, B) float64. s_t.
-        line: (L, B) float64. P_t - t s_t where a block has an action begin, beyond all others elsewhere.
+        line: (L, B) float64. P_t - t s_t.
         places: (L, 1) float64. Counted from the end: L for the first.
         opened: (2, N, B) float64. i and P_i of the action that each block leaves open.
 

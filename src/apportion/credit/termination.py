@@ -66,7 +66,7 @@ def closes_of(condition: Callable[[Rollout], object], rollout: Rollout) -> Bool[
     return closes
 
 
-IMPOSSIBLE = 1e9
+IMPOSSIBLE = 1e6
 """Nats that stand for an infinite surprise in a mean: more than any other, and sums with it are still told apart."""
 
 _REMEDIES = {
@@ -218,7 +218,7 @@ class Perplexity(TerminationCondition):
         token     s_t > s_{t-1}
         segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
 
-    In a mean an infinite surprise counts as 1e9 nats. Sums are exact for float32 numbers that are less than a million
+    In a mean a surprise counts as 1e6 nats at most, an infinite one too. Sums are exact for float32 numbers that are less than a million
     times apart; beyond that, a token that equals the mean may be taken to exceed it.
 
     Attributes:
