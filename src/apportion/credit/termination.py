@@ -218,8 +218,8 @@ class Perplexity(TerminationCondition):
         token     s_t > s_{t-1}
         segment   s_t > mean of s over the current action: adding t would raise the action's perplexity
 
-    In a mean a surprise counts as 1e6 nats at most, an infinite one too. Sums are exact for float32 numbers that are less than a million
-    times apart; beyond that, a token that equals the mean may be taken to exceed it.
+    In a mean a surprise counts as 1e6 nats at most, an infinite one too. Sums are exact for float32 numbers that are
+    less than a million times apart; beyond that, a token that equals the mean may be taken to exceed it.
 
     Attributes:
         variant: Which of the two.
