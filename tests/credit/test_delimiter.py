@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apportion import Delimiter, Rollout, macro_ids
@@ -74,6 +74,7 @@ ENGINE = [
 ]  # fmt: skip
 
 
+@settings(max_examples=40)  # each of 80 expressions
 @given(text=st.text(st.sampled_from("abes\\\u0301]^[.-$ \n\r\t\0\x85é\u2028٣😀\ud800"), max_size=30))
 def test_kinds_of_characters_are_found_where_the_engine_finds_them(text: str) -> None:
     rows = (text, "", text[::-1])
@@ -88,8 +89,37 @@ def test_kinds_of_characters_are_found_where_the_engine_finds_them(text: str) ->
             assert pattern in SOMETIMES  # where the next test says
             continue
         for row, said in enumerate(rows):
-            ends = {match.end() - 1 for match in re.finditer(pattern, said)}
+            matches = [*re.finditer(pattern, said)]
+            ends = {match.end() - 1 for match in matches}
             assert found[row].tolist() == [place in ends for place in range(len(text))], pattern
+            assert all(match[0].startswith(characters.opening) for match in matches), pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "opening"),
+    [
+        (r"\n", "\n"),
+        ("\n+", "\n"),
+        (r"Step \d+:", "Step "),
+        (r"\.\s", "."),
+        ("ab*c", "a"),
+        ("ab+c", "ab"),
+        (r"\*\|a?", "*|"),
+        ("(?<=a)bc ?", "bc"),
+        ("語x+", "語x"),
+        ("a|ab", ""),
+        ("[a]b", ""),
+        (".a", ""),
+        (r"\da", ""),
+    ],
+)
+def test_expressions_with_a_plain_beginning_that_is_rare_are_left_to_the_engine(pattern: str, opening: str) -> None:
+    characters = Characters.of(pattern)
+    assert characters is not None
+    assert characters.opening == opening
+    filling = "z" * (64 - len(opening))
+    assert not characters.are_rare((filling, opening))
+    assert characters.are_rare((filling, opening + "z")) == bool(opening)
 
 
 def test_threads_that_find_out_the_kinds_of_the_same_characters_agree() -> None:

@@ -7,6 +7,7 @@ for a plain text to look for, which is left to it.
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,12 +21,16 @@ from apportion.batch import ResponseTexts
 # Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
 _SET = r"(?:\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
 _STEP = re.compile(rf"({_SET})([+*?]?)", re.DOTALL)
-_LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]|()]|\\[nrtfv]|\\[^0-9A-Za-z]){2,}", re.DOTALL)
+_ONE = re.compile(r"[^\\.^$*+?{}\[\]|()]|\\[nrtfv]|\\[^0-9A-Za-z]", re.DOTALL)
+_LITERAL = re.compile(rf"(?:{_ONE.pattern}){{2,}}", re.DOTALL)
 _STEPS = rf"{_SET}\+?(?:{_SET}[+*?]?)*"
 _ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?({_STEPS})(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
 
-MOST_STEPS = 32
-"""Steps of a regular expression, in all its alternatives: `re` is quicker with more."""
+MOST_STEPS = 16
+"""Steps of a regular expression, in all its alternatives, each of which passes over all that may begin a match."""
+RARE = 64
+"""Characters a match from which on `re`, which looks for a plain beginning quickly, is quicker."""
+_ESCAPED = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\f": "\f", r"\v": "\v"}
 
 Marks = UInt8[np.ndarray, " N"]
 """Of each character of all texts, a bit for each kind that it is of."""
@@ -123,10 +128,12 @@ class Characters:
     Attributes:
         kinds: Regular expressions of at most eight, each of which matches one character, whatever stands around it.
         alternatives: The alternatives, the first of which is preferred.
+        opening: The text that every match begins with, as far as it is known.
     """
 
     kinds: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
+    opening: str
 
     @classmethod
     def of(cls, pattern: str) -> "Characters | None":
@@ -147,8 +154,14 @@ class Characters:
             place = found.end()
             if not bar:
                 length = sum(len(alternative.steps) for alternative in alternatives)
-                return cls(tuple(bits), tuple(alternatives)) if len(bits) <= 8 and length <= MOST_STEPS else None
+                opening = _opening(parts) if len(alternatives) == 1 else ""
+                known = cls(tuple(bits), tuple(alternatives), opening)
+                return known if len(bits) <= 8 and length <= MOST_STEPS else None
         return None
+
+    def are_rare(self, texts: Sequence[str]) -> bool:
+        """Tell whether matches have a plain beginning of which there are so few that `re` finds them sooner."""
+        return bool(self.opening) and RARE * sum(text.count(self.opening) for text in texts) < sum(map(len, texts))
 
     def end_in(self, text: ResponseTexts) -> Bool[Tensor, "B T"] | None:
         """Mark the tokens that hold the last character of a match: of those that share it, the last.
@@ -196,6 +209,18 @@ class Characters:
         return _first_from_left(starts, stops, in_runs)
 
 
+def _opening(parts: Sequence[tuple[str, str]]) -> str:
+    """Read the plain characters at the beginning of an alternative: of what is repeated the first."""
+    opening = ""
+    for kind, often in parts:
+        if often in ("*", "?") or not _ONE.fullmatch(kind):
+            break
+        opening += _ESCAPED.get(kind, kind[-1])
+        if often:
+            break
+    return opening
+
+
 def _first_from_left(starts: Places, stops: Places, in_runs: Bool[np.ndarray, " M"]) -> Int[np.ndarray, " K"] | None:
     """Keep of matches that overlap those that a search from the left finds.
 
@@ -222,7 +247,7 @@ class _Table:
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self._kinds = [re.compile(kind) for kind in kinds]
         self._latin = bytes(map(self._ask, bytes(range(256)).decode("latin-1")))
-        # One more than the marks, 0 where they are not known: of zeros only what is written to takes memory.
+        # One more than the marks, 0 where they are not known; 2 MB, most of them never touched.
         self._any = np.zeros(sys.maxunicode + 1, dtype=np.int16)
 
     def look_up(self, text: str) -> Marks:

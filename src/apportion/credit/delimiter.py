@@ -61,7 +61,8 @@ class Delimiter(TerminationCondition):
         self.check(rollout)
         assert rollout.text is not None  # checked above; for the type checker
         text, mask = rollout.text, rollout.response_mask
-        ends = None if self._characters is None else self._characters.end_in(text)
+        characters = self._characters
+        ends = None if characters is None or characters.are_rare(text.texts) else characters.end_in(text)
         ends = _hold(text, self._ends(text.texts)) if ends is None else ends
         return mask & ends | rollout.packing.last
 
