@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -123,19 +124,24 @@ def test_expressions_with_a_plain_beginning_that_is_rare_are_left_to_the_engine(
 
 
 def test_threads_that_find_out_the_kinds_of_the_same_characters_agree() -> None:
-    """Each expression begins with a table that knows none of them."""
-    texts = ["".join(chr(0x4E00 + 41 * place % 9000) for place in range(start, start + 4000)) for start in range(4)]
-    places = torch.arange(4000)
+    """All begin at once, with a table that knows none of them."""
+    starts, places = range(4), torch.arange(300)
     spans = torch.stack([places, places + 1], 1)[None]
+    texts = ["".join(chr(0x4E00 + 41 * place) for place in range(start, start + 300)) for start in starts]
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     try:
-        with ThreadPoolExecutor(4) as pool:
-            for number in range(20):
-                characters = Characters.of(rf"[.{chr(0x1000 + number)}]|\n")
+        with ThreadPoolExecutor(len(texts)) as pool:
+            for number in range(100):
+                characters, barrier = Characters.of(rf"[.{chr(0x1000 + number)}]|\n"), Barrier(len(texts))
                 assert characters is not None
-                given = [ResponseTexts(texts=(text,), spans=spans) for text in texts]
-                assert not any(found is None or found.any() for found in pool.map(characters.end_in, given))
+                assert characters.end_in(ResponseTexts(texts=("a.",), spans=spans[:, :2])) is not None
+
+                def ends(text: str, characters: Characters = characters, barrier: Barrier = barrier) -> Any:
+                    barrier.wait()
+                    return characters.end_in(ResponseTexts(texts=(text,), spans=spans))
+
+                assert not any(found is None or found.any() for found in pool.map(ends, texts))
     finally:
         sys.setswitchinterval(before)
 
