@@ -2,7 +2,7 @@ r"""Where sequences of characters end macro actions: `\s`, `[.!?]+\s` or `\n\n|S
 
 A regular expression that asks one character after another of what kind it is needs no engine: kinds stand in a table,
 and all matches that begin anywhere are followed together, kind by kind. The engine of `re` would take milliseconds, but
-for a plain text to look for, which is left to it.
+where it has a plain text to look for: that is left to it.
 """
 
 import re
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from apportion.batch import ResponseTexts
 
-# Any character, itself, an escaped one, a class, or brackets that hold neither their like nor begin with their end.
-_SET = r"(?:\.|[^\\.^$*+?{}\[\]|()]|\\[sSdDwWnrtfv]|\\[^0-9A-Za-z]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
+# One character, itself or escaped; and a kind: any, one, a class, or brackets without their like or their end in front.
+_ONE = r"(?:[^\\.^$*+?{}\[\]|()]|\\[nrtfv]|\\[^0-9A-Za-z])"
+_SET = rf"(?:\.|{_ONE}|\\[sSdDwW]|\[\^?(?:[^\[\]\\^]|\\.)(?:[^\[\]\\]|\\.)*\])"
 _STEP = re.compile(rf"({_SET})([+*?]?)", re.DOTALL)
-_ONE = re.compile(r"[^\\.^$*+?{}\[\]|()]|\\[nrtfv]|\\[^0-9A-Za-z]", re.DOTALL)
-_LITERAL = re.compile(rf"(?:{_ONE.pattern}){{2,}}", re.DOTALL)
+_LITERAL = re.compile(rf"{_ONE}{{2,}}", re.DOTALL)
 _STEPS = rf"{_SET}\+?(?:{_SET}[+*?]?)*"
 _ALTERNATIVE = re.compile(rf"(?:\(\?<=({_SET})\))?({_STEPS})(?:\(\?=({_SET})\))?(\||\Z)", re.DOTALL)
 
@@ -83,7 +83,7 @@ class Alternative:
     steps: tuple[Step, ...]
     ahead: int
 
-    def is_plain(self, marks: Marks) -> bool:
+    def is_unambiguous(self, marks: Marks) -> bool:
         """Tell whether no character is of two kinds of which one ends where the other begins.
 
         With one that is, a step might have to give back what it took, or might begin at a run's second character.
@@ -192,7 +192,7 @@ class Characters:
 
     def _stops(self, marks: Marks) -> Places | None:
         """List where matches end, of those that overlap the first from the left; None where that is for `re`."""
-        if not all(alternative.is_plain(marks) for alternative in self.alternatives):
+        if not all(alternative.is_unambiguous(marks) for alternative in self.alternatives):
             return None
         found = [alternative.follow(marks) for alternative in self.alternatives]
         starts, stops = (np.concatenate(places) for places in zip(*found, strict=True))
@@ -213,7 +213,7 @@ def _opening(parts: Sequence[tuple[str, str]]) -> str:
     """Read the plain characters at the beginning of an alternative: of what is repeated the first."""
     opening = ""
     for kind, often in parts:
-        if often in ("*", "?") or not _ONE.fullmatch(kind):
+        if often in ("*", "?") or not re.fullmatch(_ONE, kind):
             break
         opening += _ESCAPED.get(kind, kind[-1])
         if often:
@@ -242,7 +242,7 @@ def _are(marks: Marks, kind: int) -> Bool[np.ndarray, " N"]:
 
 
 class _Table:
-    """Of which kinds each character is: what has been found out. Threads may share it, for no entry ever changes."""
+    """Of which kinds each character is, as far as found out. Threads may share it, for no entry changes once known."""
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self._kinds = [re.compile(kind) for kind in kinds]
