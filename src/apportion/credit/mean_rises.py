@@ -24,7 +24,7 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 
     Sums are kept in float64, where those of float32 numbers are exact unless some are less than a millionth of others;
     there a token that equals the mean may be taken to exceed it. Time is the first axis here, which keeps short blocks
-    as quick as long ones.
+    as quick as long ones, and within blocks the place in the block, so that what is done at once lies side by side.
 
     Args:
         surprise: (B, T) float32. What is compared, valid entries first in each row; finite.
@@ -39,18 +39,18 @@ def mean_rises(surprise: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     length = max(1 << max(width - 1, 0).bit_length(), BLOCK)
     filled = torch.nn.functional.pad(surprise, (0, length - width)) if length > width else surprise
     exact = filled.T.contiguous().double()  # quicker than to turn and to convert at once
-    blocks = (length // BLOCK, BLOCK, rows)
-    stays, total, count = _mean_stays_in_blocks(exact.view(blocks))
+    number = length // BLOCK
+    stays, total, count = _mean_stays_in_blocks(exact.view(number, BLOCK, rows).transpose(0, 1).contiguous())
     ends = torch.arange(1, length + 1, dtype=torch.float64, device=surprise.device)[:, None]
     places = length + 1 - ends  # counted from the end: the first is the largest
     sums = exact.cumsum(0)
     last = slice(BLOCK - 1, None, BLOCK)
     opened = torch.stack([ends[last] - count, sums[last] - total])  # i and P_i of the action each block leaves open
-    stays = stays.view(length, rows)
     line = sums.addcmul_(exact, ends, value=-1)  # P_t - t s_t
     kept = _first_that_stays(exact, line, places, opened)
-    opens = places.add(stays, alpha=length).view(blocks) <= kept[:, None]  # by that much, too late
-    return opens.view(length, rows)[:width].T.contiguous()
+    ranks = stays.mul_(length).add_(places.view(number, BLOCK, 1).transpose(0, 1))  # what stays is by so much too late
+    opens = ranks.le_(kept).bool()
+    return opens.permute(2, 1, 0).reshape(rows, length)[:, :width]
 
 
 def _first_that_stays(
@@ -79,7 +79,7 @@ def _first_that_stays(
         begin, before = left.unbind()
         halves = (x.view(number, 2, span * BLOCK, x.shape[1]) for x in (line, surprise, places))
         terms, factors, right = (half.select(1, 1) for half in halves)
-        rises = torch.addcmul(terms, factors, begin).lt_(before)  # 1 or 0: comparing is quickest in place
+        rises = torch.addcmul(terms, factors, begin).lt_(before)  # 1 or 0, in place, too
         first = rises.mul_(right).amax(1, keepdim=True)
         kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
         opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
@@ -88,18 +88,17 @@ def _first_that_stays(
 
 
 def _mean_stays_in_blocks(
-    blocks: Float[Tensor, "N K B"],
-) -> tuple[Float[Tensor, "N K B"], Float[Tensor, "N B"], Float[Tensor, "N B"]]:
+    blocks: Float[Tensor, "K N B"],
+) -> tuple[Float[Tensor, "K N B"], Float[Tensor, "N B"], Float[Tensor, "N B"]]:
     """Mark with 0 where actions begin in blocks of K tokens, each of which begins a row, and all else with 1.
 
     Returns the sum and the number of tokens of the action that each block leaves open, too.
     """
     stays, one = torch.zeros_like(blocks), blocks.new_ones(())
-    tokens = blocks.unbind(1)
+    tokens = blocks.unbind()
     total, count = tokens[0].clone(), torch.ones_like(tokens[0])
-    product = torch.empty_like(total)
-    for token, stay in zip(tokens[1:], stays.unbind(1)[1:], strict=True):
-        torch.le(torch.mul(token, count, out=product), total, out=stay)
+    for token, stay in zip(tokens[1:], stays.unbind()[1:], strict=True):
+        torch.mul(token, count, out=stay).le_(total)  # 1 or 0: comparing is quickest in place
         torch.addcmul(token, total, stay, out=total)
         torch.addcmul(one, count, stay, out=count)
     return stays, total, count
