@@ -29,6 +29,7 @@ CHANGES = {
         "redistribution.init_args.row",
     },
     "mean-rewards": {"macro_reward"},
+    "mean-rewards-apart": {"macro_reward"},
     "kl-over-n": {"termination.class_path", "termination.init_args.n", "kl_coef"},
     "lam-root": {"termination.class_path", "termination.init_args.n", "advantage.init_args.lam"},
     "lam-1": {"termination.class_path", "termination.init_args.n", "advantage.init_args.lam"},

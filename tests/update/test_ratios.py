@@ -1,6 +1,7 @@
 """Pooling, clipping and aggregation of the policy loss: PPO, GSPO, GMPO as their papers write them, and all between."""
 
 import random
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import reference
 from apportion import EveryToken, FixedNgram, WholeResponse, macro_ids, policy_loss
+from apportion.credit.macro_actions import MacroActions
 from apportion.update.aggregation import Aggregation, normaliser
 from apportion.update.losses import Clip, Granularity
 from batches import mask_of, mask_of_lengths, random_rollout, valid, without_type_checks
@@ -136,6 +138,26 @@ def test_a_tokens_clipped_log_ratio_is_its_clipped_ratio(seed: int) -> None:
     nats = {"cliprange": float(-torch.tensor(0.8).log()), "cliprange_high": float(torch.tensor(1.28).log())}
     found = case.found(case.gains, clip="token", **nats)
     assert_equal(found, case.found(case.gains, cliprange=0.2, cliprange_high=0.28))
+
+
+@given(st.integers(0, 10_000))
+def test_before_the_first_step_a_ratio_says_how_much_each_token_is_pushed(seed: int) -> None:
+    case = Case(seed, spread=0.0)
+    ids = case.ids(3)
+    actions = MacroActions(ids)
+    gains = actions.to_tokens(actions.mean(case.gains))
+    size, length = (x.float() for x in (actions.to_tokens(actions.lengths), case.mask.sum(1, keepdim=True)))
+    tokens, responses = case.mask.sum(), len(case.mask)
+    weights = {
+        "token_mean": (torch.ones_like(size), tokens),
+        "action_mean": (1 / size.clamp(min=1), actions.lengths.bool().sum()),
+        "sequence_mean": (1 / length.expand_as(size), responses),
+    }
+    for (aggregation, (weight, total)), ratio in product(weights.items(), GRANULARITIES):
+        _, found = case.found(gains, cliprange=0.2, ratio=ratio, macro_ids=ids, aggregation=aggregation)
+        wanted = case.rows(-gains * weight / total * (size if ratio == "macro" else 1))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-5)
 
 
 def test_the_range_is_asymmetric_by_hand() -> None:
