@@ -1,6 +1,7 @@
 """Tune four methods alike on the task `reviews`, run them and the controls over fresh seeds, and report what helps.
 
-    python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--start START] [--write]
+    python benchmarks/controls.py [--folder runs/controls] [--jobs 2] [--hours H] [--only NAME ...]
+        [--start START] [--write]
 
 All runs share one fine-tuned model and one reward model. First each method is tuned on one seed over the same grid;
 then it is run with fresh seeds at its best settings and at lam 0.95 as in the papers, and so is each control
@@ -8,7 +9,8 @@ then it is run with fresh seeds at its best settings and at lam 0.95 as in the p
 highest objective, the score less its KL penalty, which PPO maximises; the oracle is what a user has not. Finished runs
 are kept as lines of `benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which
 another machine makes of the same seed, count in the columns "all starts" alone. After `--hours` no further run is
-begun. With `--write` the report on what is there goes to `benchmarks/results/controls-START.md`, START the fingerprint
+begun. With `--only` nothing is tuned, and only these controls are run, and what they stand beside, at the papers'
+setting. With `--write` the report on what is there goes to `benchmarks/results/controls-START.md`, START the fingerprint
 of the two models; what stands under its last heading is written by hand and kept: also the machine of the runs. With
 `--start` nothing is run; the report is on the runs of that start.
 """
@@ -379,8 +381,12 @@ def run_all(arguments: argparse.Namespace) -> str:
     folder, jobs, until = arguments.folder, arguments.jobs, time.time() + 3600 * arguments.hours
     claim(folder, "control", {"start_seed": 0, "num_steps": STEPS})
     prepare(folder / "start", 0, jobs, Console())
-    run(tuning(), folder, jobs, until)
     start_print = fingerprint(folder / "start")
+    if arguments.only:
+        named = {*arguments.only, *map(beside, arguments.only)}
+        run([trial for trial in fresh({}) if trial.name in named], folder, jobs, until)
+        return start_print
+    run(tuning(), folder, jobs, until)
     run(fresh(read_curves(start_print)), folder, jobs, until)
     return start_print
 
@@ -390,6 +396,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="where the runs go")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after so long")
+    parser.add_argument("--only", nargs="+", choices=controls(), help="run these controls and what they stand beside")
     parser.add_argument("--start", help="report on the runs of this start (a fingerprint), and run nothing")
     parser.add_argument("--write", action="store_true", help="write the report to benchmarks/results")
     arguments = parser.parse_args()
