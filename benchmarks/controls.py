@@ -10,9 +10,9 @@ highest objective, the score less its KL penalty, which PPO maximises; the oracl
 are kept as lines of `benchmarks/results/controls-runs.jsonl`, and are not done again; those of another start, which
 another machine makes of the same seed, count in the columns "all starts" alone. After `--hours` no further run is
 begun. With `--only` nothing is tuned, and only these controls are run, and what they stand beside, at the papers'
-setting. With `--write` the report on what is there goes to `benchmarks/results/controls-START.md`, START the fingerprint
-of the two models; what stands under its last heading is written by hand and kept: also the machine of the runs. With
-`--start` nothing is run; the report is on the runs of that start.
+setting. With `--write` the report on what is there goes to `benchmarks/results/controls-START.md`, START the
+fingerprint of the two models; what stands under its last heading is written by hand and kept: also the machine of the
+runs. With `--start` nothing is run; the report is on the runs of that start.
 """
 
 import argparse

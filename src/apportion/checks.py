@@ -1,5 +1,6 @@
 """What a setting has to be: the questions that several of them ask before any work begins."""
 
+import inspect
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -27,6 +28,28 @@ def check_unit_interval(name: str, value: object, meaning: str = "") -> None:
     """
     if not (is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} is {value!r}; choose a number in [0, 1]{meaning and ', ' + meaning}")
+
+
+def call_error(function: object, *arguments: object, **names: object) -> TypeError | None:
+    """Tell why something cannot be called in such a way, where a caller wants to refuse it before any work.
+
+    Args:
+        function: What would be called; it is not.
+        arguments: What stands for its positional arguments.
+        names: What stands for its named ones.
+
+    Returns:
+        None if it can be, or was not written in Python, which does not tell.
+    """
+    if not callable(function):
+        return TypeError("it is not callable")
+    try:
+        inspect.signature(function).bind(*arguments, **names)
+    except TypeError as error:
+        return error
+    except ValueError:
+        return None
+    return None
 
 
 def check_instance(name: str, value: object) -> None:

@@ -24,6 +24,7 @@ from apportion import (
     Rollout,
     Scores,
     Stanza,
+    Terminal,
     assign_credit,
     macro_ids,
     with_text,
@@ -227,6 +228,21 @@ def test_a_program_is_cut_at_its_constituents() -> None:
 def test_a_backend_that_does_not_parse_is_refused(backend: Any, shown: str) -> None:
     """Every row would fall back to one action a token, which is another method."""
     with without_type_checks(), pytest.raises(ValueError, match=rf"backend is {shown}; give Stanza\(\), Benepar\(\)"):
+        ConstituencyParse(backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        (Terminal(), r"Terminal\(\), which cannot be called with a text \(missing a required"),
+        (lambda: [], r"<function .*, which cannot be called with a text \(too many positional arguments\)"),
+    ],
+)
+def test_a_backend_that_takes_no_text_is_refused(backend: Any, reason: str) -> None:
+    with (
+        without_type_checks(),
+        pytest.raises(ValueError, match=rf"backend is {reason}.*; give Stanza\(\), Benepar\(\)"),
+    ):
         ConstituencyParse(backend=backend)
 
 

@@ -62,15 +62,17 @@ class CreditConfig:
             (`token_weights`).
         advantage: From rewards, and values where it has a critic, to advantages.
         macro_value: How the values inside a macro action are pooled (`pooling_weights`).
-        macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value` as
-            the official code does, which divides the KL penalty by about n.
+        macro_reward: Whether rewards inside a macro action are summed, or averaged with the weights of `macro_value`,
+            which divides the KL penalty by about n, and the score by the length of the last action. In the official
+            code that length is 1 (`last_token_apart`), and the score stays whole.
         kl_coef: Price of a nat of divergence from the reference, at least 0.
         score_clamp: Scores are clamped to [-score_clamp, score_clamp] before they are redistributed; None for not at
             all.
         last_token_apart: Whether the last valid token is a macro action of its own, as in the official code.
         value_smoothing: Actions over which values are averaged before anything else, and shared by their tokens; None
             for not at all. With `EveryToken` it is what macro actions do to values, alone: a control.
-        whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens.
+        whiten_advantages: Whether advantages are shifted and scaled to mean 0 and variance 1 over the batch's tokens;
+            those of `ReinforcePlusPlus` always are.
 
     Raises:
         ValueError: If a number is out of range, a name is unknown, or a choice has no meaning beside another.

@@ -17,7 +17,6 @@ Those that follow attention are in `credit.attention`, those that are made of ot
 of the same signature can stand in the place of one (`place`).
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.batch import NOTHING, Needs, Rollout, Scores
-from apportion.checks import check_instance, check_unit_interval
+from apportion.checks import call_error, check_instance, check_unit_interval
 from apportion.masked import is_last, ranks, zero_outside
 
 
@@ -172,11 +171,8 @@ def check_redistribution(redistribution: object) -> None:
     """
     check_instance("redistribution", redistribution)
     name = getattr(redistribution, "__name__", type(redistribution).__name__)
-    try:
-        if not callable(redistribution):
-            raise TypeError("it is not callable")
-        inspect.signature(redistribution).bind(None, None, gamma=1.0, steps=None)
-    except TypeError as error:
+    error = call_error(redistribution, None, None, gamma=1.0, steps=None)
+    if error or not callable(redistribution):
         call = "(rollout, scores, *, gamma, steps)"
         raise ValueError(f"{name} is no redistribution ({error}); give a callable {call} -> (B, T)") from error
     if not isinstance(needs_of(redistribution), Needs):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.batch import Rollout
-from apportion.checks import check_instance, is_number, is_whole
+from apportion.checks import call_error, check_instance, is_number, is_whole
 from apportion.credit.macro_actions import macro_ids, macro_lengths
 from apportion.credit.mean_rises import mean_rises
 from apportion.credit.row_keys import check_seed, orders, row_keys
@@ -39,16 +39,20 @@ def check_condition(name: str, condition: object) -> None:
     check_instance(name, condition)
     if not callable(condition):
         raise ValueError(f"{name} is {condition!r}; give a callable (rollout) -> (B, T) bool, such as FixedNgram(n=5)")
-    try:
-        signature = inspect.signature(condition)
-        signature.bind(None)
-    except ValueError:  # some built-in functions do not tell
-        return
-    except TypeError as error:
+    if error := call_error(condition, None):
         message = f"{name} is {condition!r}, which takes other arguments ({error}); give a callable (rollout) -> (B, T)"
         raise ValueError(f"{message} bool, such as FixedNgram(n=5)") from error
-    if any(argument.annotation in (str, "str") for argument in [*signature.parameters.values()][:1]):
+    if _reads_text(condition):
         raise ValueError(f"{name} is {condition!r}, a parser; give ConstituencyParse(backend=...) with it")
+
+
+def _reads_text(function: Callable) -> bool:
+    """Tell whether the first argument of a callable is said to be a text."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except ValueError:  # not written in Python
+        return False
+    return any(argument.annotation in (str, "str") for argument in [*arguments][:1])
 
 
 def closes_of(condition: Callable[[Rollout], object], rollout: Rollout) -> Bool[Tensor, "B T"]:

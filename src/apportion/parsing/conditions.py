@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from apportion.batch import ResponseTexts, Rollout
+from apportion.checks import call_error
 from apportion.credit.parse import Span, closing_tokens
 from apportion.credit.termination import TerminationCondition, check_whole
 from apportion.parsing.parsers import Parse, Parser, Stanza
@@ -171,6 +172,9 @@ class ParseCondition(TerminationCondition):
         return None if any(not of_part for _, of_part in found) else closes
 
 
+_BACKENDS = "give Stanza(), Benepar(), or a callable from a text to its trees"
+
+
 @dataclass(frozen=True)
 class ConstituencyParse(ParseCondition):
     """Close at the ends of constituents of natural language.
@@ -198,9 +202,11 @@ class ConstituencyParse(ParseCondition):
         """Refuse what does not parse."""
         super().__post_init__()
         if isinstance(self.backend, type | TerminationCondition) or not callable(self.backend):
+            raise ValueError(f"backend is {self.backend!r}; {_BACKENDS}")
+        if error := call_error(self.backend, ""):
             raise ValueError(
-                f"backend is {self.backend!r}; give Stanza(), Benepar(), or a callable from a text to its trees"
-            )
+                f"backend is {self.backend!r}, which cannot be called with a text ({error}); {_BACKENDS}"
+            ) from error
 
     @property
     def parser(self) -> Parser | Parse:
@@ -217,6 +223,8 @@ class ConstituencyParse(ParseCondition):
 @dataclass(frozen=True)
 class CodeParse(ParseCondition):
     """Close at the ends of constituents of a program: the same two rules on its syntax tree.
+
+    A leaf of that tree is one word, however long: the text of a string, or a comment, extends the action before it.
 
     Attributes:
         cutoff: Tokens from which on a constituent is divided, at least 1.

@@ -1,6 +1,5 @@
 """Rewards that are functions of text: TRL's convention, and what such a function may offer besides numbers."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from apportion.batch import NOTHING, Needs, Prompts, Scores
+from apportion.checks import call_error
 from apportion.rollout import Responses
 from apportion.score.reward_model import checked, decode, name_of
 from apportion.score.text import response_texts
@@ -164,12 +164,6 @@ def _number(score: Any, row: int, source: str) -> float:
 
 def _check_call(function: RewardFunction, columns: list[str]) -> None:
     """Refuse a function that the columns of the data do not fit, before anything is sampled for it."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # not written in Python: it is not known what it takes
-    try:
-        signature.bind(prompts=None, completions=None, **dict.fromkeys(columns))
-    except TypeError as error:
+    if error := call_error(function, prompts=None, completions=None, **dict.fromkeys(columns)):
         given = ", ".join(("prompts", "completions", *columns))
         raise ValueError(f"{name_of(function)} is called with {given}: {error}; add the column, or take **_") from error

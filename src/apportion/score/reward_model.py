@@ -1,6 +1,5 @@
 """The score of each response, and what a redistribution asks the reward model for besides."""
 
-import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from apportion.batch import NOTHING, AttentionRequest, Needs, Prompts, Scores
+from apportion.checks import call_error
 from apportion.microbatches import in_groups
 from apportion.models import hidden_states, score_head, unwrapped
 from apportion.rollout import Responses, trim, widths
@@ -223,12 +223,8 @@ def checked(scores: Float[Tensor, " B"], source: str) -> Float[Tensor, " B"]:
 
 def _check_template(template: Template) -> None:
     """Refuse a template that cannot be called with a prompt and a response."""
-    try:
-        inspect.signature(template).bind("", "")
-    except TypeError as error:
+    if error := call_error(template, "", ""):
         raise ValueError(f"reward_template {name_of(template)} is called with prompt and response: {error}") from error
-    except ValueError:
-        return  # not written in Python: it is not known what it takes
 
 
 def name_of(function: Any) -> str:
