@@ -364,9 +364,10 @@ def report(curves: dict[Trial, Curve], starts: Iterable[dict[Trial, Curve]]) -> 
     commits = ", ".join(dict.fromkeys(curves[trial].commit for trial in planned if trial in curves))
     yield f"- commits of the runs: {commits}; Python {platform.python_version()}; date: {datetime.now(UTC):%Y-%m-%d}"
     yield from (f"- start: {next(iter(curves.values())).start}; one thread a run", "")
-    yield from tuning_table(curves)
+    tuned = any(trial in curves for trial in tuning())
+    yield from tuning_table(curves) if tuned else ()
     yield from fresh_table(curves)
-    yield from tuned_table(curves, starts)
+    yield from tuned_table(curves, starts) if tuned else ()
     yield from paired_table(curves, starts)
 
 
