@@ -82,7 +82,7 @@ def _first_that_stays(
         rises = torch.addcmul(terms, factors, begin).lt_(before)  # 1 or 0, in place, too
         first = rises.mul_(right).amax(1, keepdim=True)
         kept.view(number, 2, span, rows).select(1, 1).clamp_(max=first)
-        opened = torch.lerp(left, own, first.clamp(max=1))  # exact at 0 and 1, and quicker than to choose
+        opened = torch.lerp(left, own, first.clamp_(max=1))  # exact at 0 and 1, and quicker than to choose
         number //= 2
     return kept
 
@@ -94,7 +94,8 @@ def _mean_stays_in_blocks(
 
     Returns the sum and the number of tokens of the action that each block leaves open, too.
     """
-    stays, one = torch.zeros_like(blocks), blocks.new_ones(())
+    stays, one = torch.empty_like(blocks), blocks.new_ones(())
+    stays[0] = 0
     tokens = blocks.unbind()
     total, count = tokens[0].clone(), torch.ones_like(tokens[0])
     for token, stay in zip(tokens[1:], stays.unbind()[1:], strict=True):

@@ -251,7 +251,7 @@ class Perplexity(TerminationCondition):
         """Mark the tokens before which surprise is about to rise, and the last valid token."""
         packing = rollout.packing
         surprise = packing.pack(-rollout.ref_logprobs.float())
-        opens = _rises(surprise) if self.variant == "token" else mean_rises(surprise.clamp(max=IMPOSSIBLE))
+        opens = _rises(surprise) if self.variant == "token" else mean_rises(surprise.clamp_(max=IMPOSSIBLE))
         if self.early:
             opens = torch.nn.functional.pad(opens & packing.packed_mask, (0, 1))[:, 1:]
         return _closing_before(opens, packing)
